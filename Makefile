@@ -1,0 +1,56 @@
+# `make help` lists the targets. PYTHON is only used to create .venv.
+PYTHON ?= python3
+PROFILE ?= quick
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONWARNINGS := ignore::FutureWarning,ignore::DeprecationWarning
+
+# Outputs of these notebooks follow from committed files alone, so they must come out the same.
+STRICT := 01_generate_data 08_figures
+# A dead kernel would hang nbval for ever without a time-out a cell.
+NBVAL := ATP_PROGRESS=/dev/null $(BIN)/python -m pytest -p no:cacheprovider --timeout 0 \
+	--nbval-cell-timeout 300 --nbval-sanitize-with tests/notebooks/sanitize.cfg
+
+.DEFAULT_GOAL := help
+.PHONY: help install model reproduce test lab bench notebooks publish clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED) ## create .venv with the pinned packages
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+model: $(INSTALLED) ## fetch and convert the embedded model
+	@$(BIN)/python -c "from atp_utils import models, shown; print('model:', shown(models.prepare_embedded()))"
+
+reproduce: model ## run a profile (PROFILE=quick|laptop|paper), then print its tables
+	$(BIN)/snakemake --cores $(CORES) --config profile=$(PROFILE) --rerun-incomplete --quiet host reason
+	@$(BIN)/python -m atp_utils.report runs/$(PROFILE)
+
+test: model ## ruff, pytest and the notebooks by nbval
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+	$(NBVAL) --nbval $(foreach book,$(STRICT),notebooks/$(book).ipynb)
+	$(NBVAL) --nbval-lax $(filter-out $(foreach book,$(STRICT),notebooks/$(book).ipynb),$(wildcard notebooks/*.ipynb))
+
+lab: model ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+bench: model ## time the evolution against a plain loop
+	$(BIN)/python benchmarks/evolution.py
+
+notebooks: model ## execute the notebooks in place, with their own defaults
+	for book in notebooks/*.ipynb; do $(BIN)/python -m atp_utils.run $$book $$book || exit 1; done
+
+publish: $(INSTALLED) ## copy a profile's complete runs to data/results
+	$(BIN)/python -m atp_utils.report runs/$(PROFILE) --publish data/results/$(PROFILE)
+
+clean: ## remove what runs made (keeps .venv and models)
+	rm -rf runs

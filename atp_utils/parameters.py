@@ -1,0 +1,140 @@
+"""Names and types of the notebooks' parameters, and the profiles that hold their values.
+
+A name means the same in every notebook. A notebook's own parameters are those of its one cell tagged
+``parameters``; papermill only warns of an unknown name and runs with the default, so names and values are
+checked here, before anything starts.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import papermill
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from atp_utils import files, resolve, shown
+
+NOTEBOOKS = Path("notebooks")
+PROFILES = Path("profiles")
+
+Scenario = Literal["role_play"]
+Arm = Literal["base", "dpo", "grpo"]
+Natural = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
+Even = Annotated[int, Field(ge=2, multiple_of=2, strict=True)]
+# YAML 1.1 reads 1e-5 as text; a person who writes it means the number.
+Number = BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)
+Rate = Annotated[float, Number, Field(gt=0)]
+Share = Annotated[float, Number, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+TYPES: dict[str, Any] = {
+    "model": Text,
+    "scenario": Scenario,
+    "arm": Arm,
+    "adapter": str,
+    "data": Text,
+    "out": Text,
+    "results": Text,
+    "figures": Text,
+    "seed": Natural,
+    "seeds": Annotated[list[Natural], Field(min_length=1)],
+    "train_per_environment": Even,
+    "test_per_environment": Even,
+    "rounds": Positive,
+    "items": Natural,
+    "protocol": Literal["choose", "reason"],
+    "max_attempts": Positive,
+    "max_new_tokens": Positive,
+    "temperature": Annotated[float, Number, Field(ge=0, le=10)],
+    "top_p": Annotated[float, Number, Field(gt=0, le=1)],
+    "top_k": Natural,
+    "thinking": bool,
+    "pairs": Literal["answers", "elicited"],
+    "learning_rate": Rate,
+    "epochs": Rate,
+    "max_steps": Natural,
+    "batch_size": Positive,
+    "accumulation": Positive,
+    "group_size": Annotated[int, Field(ge=2, strict=True)],
+    "beta": Annotated[float, Number, Field(ge=0)],
+    "lora_rank": Positive,
+    "warmup_ratio": Share,
+    "save_steps": Positive,
+    "prefill": str,
+    "checkpoint_activations": bool,
+}
+
+
+@cache
+def names_of(notebook: str) -> tuple[str, ...]:
+    """Parameter names of ``notebooks/<notebook>.ipynb``, in the order of its tagged cell."""
+    path = resolve(NOTEBOOKS / f"{notebook}.ipynb")
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem for found in resolve(NOTEBOOKS).glob("*.ipynb")))
+        raise FileNotFoundError(f"no notebook {notebook!r} in {NOTEBOOKS} (there are: {known})")
+    return tuple(papermill.inspect_notebook(str(path)))
+
+
+def check(notebook: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` as the notebook takes them; raises ValueError for an unknown name or a wrong value."""
+    names, checked = names_of(notebook), {}
+    for name, value in values.items():
+        if name not in names:
+            raise ValueError(f"{notebook} has no parameter {name!r} (it has: {', '.join(names)})")
+        try:
+            checked[name] = TypeAdapter(TYPES[name]).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"{notebook}, parameter {name}: {files.explain(error)}") from None
+    return checked
+
+
+def from_text(text: str) -> Any:
+    """A command line's value: JSON where it is JSON (numbers, lists, true), else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+class Profile(BaseModel):
+    """One file of ``profiles/``: which models, arms and scenarios, and the parameters of every notebook.
+
+    ``notebooks`` maps a notebook, or ``notebook/scenario`` where one notebook serves several, to its
+    parameters. ``models`` maps each model to what it has otherwise, in the same form.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    models: dict[Text, dict[str, dict[str, Any]]] = Field(min_length=1)
+    arms: list[Arm] = Field(min_length=1)
+    scenarios: list[Scenario] = Field(min_length=1)
+    notebooks: dict[str, dict[str, Any]]
+
+    def parameters(self, notebook: str, scenario: str | None = None, model: str | None = None) -> dict[str, Any]:
+        """Checked parameters of one run: the notebook's, the scenario's, the model's; later ones win."""
+        merged: dict[str, Any] = {}
+        for source in (self.notebooks, self.models.get(model, {}) if model else {}):
+            for key in (notebook, f"{notebook}/{scenario}"):
+                merged |= source.get(key, {})
+        return check(notebook, merged)
+
+
+def read_profile(name: str) -> Profile:
+    """The profile ``profiles/<name>.yaml``, or the file ``name`` if it ends in .yaml, every parameter checked.
+
+    Raises FileNotFoundError, or ValueError naming file, key and what was expected.
+    """
+    path = resolve(name if name.endswith(".yaml") else PROFILES / f"{name}.yaml")
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem for found in resolve(PROFILES).glob("*.yaml")))
+        raise FileNotFoundError(f"no profile {name!r} (there are: {known})")
+    profile = files.read_yaml(path, Profile)
+    for source in (profile.notebooks, *profile.models.values()):
+        for key, values in source.items():
+            try:
+                check(key.partition("/")[0], values)
+            except (ValueError, FileNotFoundError) as error:
+                raise ValueError(f"{shown(path)}, {key}: {error}") from None
+    return profile

@@ -1,0 +1,101 @@
+"""How a decision is taken from a model: the two protocols, one sub-generator for every scenario.
+
+- ``choose``: the engine scores the complete JSON answer of every option and draws from the normalised
+  probabilities. P(deviate) is recorded, so its mean has no sampling noise.
+- ``reason``: the model writes freely, thinking included, and ends with the JSON answer (the paper's protocol).
+  An invalid reply is asked again, with a new seed, up to ``max_attempts``; then the decision is invalid.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from atp_utils.decisions import answer_json, parse_choice, split_thinking
+from atp_utils.engine import Message, Request, Sampling, derive_seed, normalise
+
+Name = Literal["choose", "reason"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Protocol ``name``, the attempts before a ``reason`` decision is invalid, and how text is sampled."""
+
+    name: Name = "choose"
+    max_attempts: int = 3
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self):
+        if self.name not in get_args(Name):
+            raise ValueError(f"protocol must be one of {', '.join(get_args(Name))}, got {self.name!r}")
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts must be at least 1, got {self.max_attempts}")
+
+    def instruction(self, options: Sequence[str]) -> str:
+        """The end of a prompt: in which form to answer, the options in the order in which they were named."""
+        forms = " or ".join(answer_json(option) for option in options)
+        if self.name == "choose":
+            return f"Answer in JSON: {forms}"
+        return f"Think it through in a few sentences, then end with your answer in JSON: {forms}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One decision to be taken: ``key`` names it, ``messages`` lead up to it, ``options`` can be chosen."""
+
+    key: tuple[str | int, ...]
+    messages: Sequence[Message]
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What came of a question. ``option`` is None when invalid; ``said`` is what enters the chat's history."""
+
+    option: str | None
+    said: str
+    probabilities: tuple[float, ...] | None
+    attempts: int
+    prompt_tokens: int
+    completion_tokens: int
+    reply: str
+
+
+def decide(questions: Sequence[Question], protocol: Protocol) -> Generator[list[Request], list, list[Choice]]:
+    """Ask all ``questions`` at once, the invalid ones again; to be used by episodes with ``yield from``.
+
+    Token counts add up over the attempts; the text and the journal's key are the last attempt's.
+    """
+    choices: dict[int, Choice] = {}
+    pending = list(range(len(questions)))
+    for attempt in range(1 if protocol.name == "choose" else protocol.max_attempts):
+        replies = yield [_request(questions[number], protocol, attempt) for number in pending]
+        for number, reply in zip(pending, replies, strict=True):
+            choices[number] = _choice(questions[number], reply, choices.get(number))
+        pending = [number for number in pending if choices[number].option is None]
+        if not pending:
+            break
+    return [choices[number] for number in range(len(questions))]
+
+
+def _request(question: Question, protocol: Protocol, attempt: int) -> Request:
+    key = (*question.key, f"attempt{attempt}")
+    forced = tuple(map(answer_json, question.options)) if protocol.name == "choose" else ()
+    return Request(
+        key="/".join(map(str, key)),
+        messages=tuple(question.messages),
+        seed=derive_seed(*key),
+        options=forced,
+        sampling=protocol.sampling,
+    )
+
+
+def _choice(question: Question, reply, before: Choice | None) -> Choice:
+    return Choice(
+        option=parse_choice(reply.text, question.options),
+        said=split_thinking(reply.text)[1],
+        probabilities=None if reply.logprobs is None else tuple(normalise(reply.logprobs)),
+        attempts=1 + (before.attempts if before else 0),
+        prompt_tokens=reply.prompt_tokens + (before.prompt_tokens if before else 0),
+        completion_tokens=reply.completion_tokens + (before.completion_tokens if before else 0),
+        reply=reply.digest,
+    )

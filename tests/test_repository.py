@@ -1,0 +1,44 @@
+"""What holds the repository's own files together."""
+
+import json
+import subprocess
+import tomllib
+
+import pytest
+import yaml
+
+from atp_utils import ROOT
+
+BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_conda_users_get_the_same_pins():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())
+    [pip] = [entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict)]
+    pins = {*project["dependencies"], *project["optional-dependencies"]["test"]}
+    assert {entry for entry in pip if not entry.startswith("-e")} == pins
+    assert all("==" in pin for pin in pins)
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
+def test_notebooks_read_well(path):
+    cells = json.loads(path.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) < len(cells) - len(code) + 2, "prose before code"
+    assert sum("parameters" in cell["metadata"].get("tags", []) for cell in code) == 1
+    for cell in code:
+        source, outputs = "".join(cell["source"]), json.dumps(cell["outputs"])
+        assert source.count("\n") < 25 and cell["execution_count"] is not None, source
+        assert '"output_type": "error"' not in outputs and '"stderr"' not in outputs, source
+        assert str(ROOT.parent) + "/" not in outputs
+
+
+def test_nothing_large_and_no_weights_are_tracked():
+    listing = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    tracked = [ROOT / name for name in listing.stdout.split("\0") if name]
+    present = [path for path in tracked if path.is_file()]
+    assert sum(path.stat().st_size for path in present) < 25e6
+    assert not [path for path in present if path.suffix in (".safetensors", ".gguf", ".bin")]

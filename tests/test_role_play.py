@@ -1,0 +1,116 @@
+from collections import Counter
+
+import pytest
+import yaml
+
+from atp_utils import files, models, resolve, role_play
+from atp_utils.decisions import answer_json
+from atp_utils.protocol import Protocol
+
+
+def test_sixteen_environments_make_160_and_64_prompts(environments, splits):
+    train, test = splits
+    assert (len(environments), len(train), len(test)) == (16, 160, 64)
+    assert set(Counter(item.environment for item in train).values()) == {10}
+    assert set(Counter(item.environment for item in test).values()) == {4}
+    assert len({item.id for item in [*train, *test]}) == 224
+
+
+def test_the_splits_do_not_overlap(splits):
+    train, test = splits
+    assert len({item.prompt for item in [*train, *test]}) == 224
+    occasions = [{item.prompt.split("\n")[1] for item in items} for items in splits]
+    assert not occasions[0] & occasions[1]
+
+
+@pytest.mark.parametrize("split", [0, 1])
+def test_no_label_or_position_passes_for_rule_breaking(environments, splits, split):
+    for environment in environments:
+        items = [item for item in splits[split] if item.environment == environment.name]
+        assert sum(item.options[0] == item.compliant for item in items) * 2 == len(items)
+        assert sum(item.compliant == environment.labels[0] for item in items) * 2 == len(items)
+    corners = Counter((item.options[0] == item.compliant, item.compliant == min(item.options)) for item in splits[1])
+    assert set(corners.values()) == {16}
+
+
+def test_labels_of_an_environment_have_equally_many_tokens(environments, embedded):
+    tokenizer = models.load_tokenizer(embedded)
+
+    def count(text):
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    for environment in environments:
+        first, second = environment.labels
+        assert count(answer_json(first)) == count(answer_json(second)), environment.name
+        assert count(f" {first}") == count(f" {second}"), environment.name
+
+
+def test_breaking_the_rule_always_pays_more(splits):
+    for item in (*splits[0], *splits[1]):
+        assert 0 < item.payoff(item.compliant) < item.payoff(item.deviant)
+        for option in item.options:
+            [line] = [line for line in item.prompt.split("\n") if line.startswith(f"- {option}: ")]
+            assert line.endswith(f"this earns you {item.payoff(option)} {item.unit}.")
+
+
+def test_the_same_seed_writes_the_same_bytes(environments, tmp_path):
+    written = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        items, _ = role_play.make_items(environments, seed=seed)
+        files.write_jsonl(tmp_path / name, items)
+        written.append((tmp_path / name).read_bytes())
+    assert written[0] == written[1] != written[2]
+    assert files.read_jsonl(tmp_path / "a", role_play.Item) == role_play.make_items(environments)[0]
+
+
+def test_the_committed_data_are_what_seed_0_gives(splits):
+    for name, items in zip(("train", "test"), splits, strict=True):
+        assert files.read_jsonl(resolve(f"data/role_play/{name}.jsonl"), role_play.Item) == items
+
+
+@pytest.mark.parametrize(
+    ("count", "message"), [({"train": 3}, "train_per_env"), ({"test": 0}, "test_per_env"), ({"train": 40}, "payoff")]
+)
+def test_impossible_counts_are_refused(environments, count, message):
+    with pytest.raises(ValueError, match=message):
+        role_play.make_items(environments, **count)
+
+
+def broken(environments, **changes):
+    return yaml.safe_dump([environments[0].model_dump() | changes])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rule": "Follow it."}, r"rule must hold \{compliant\} exactly once"),
+        ({"action": "{label} {label}"}, r"action must hold \{label\}"),
+        ({"labels": ["Oak", "Oak"]}, "distinct"),
+        ({"labels": ["Oak"]}, "labels"),
+        ({"payoff": {"compliant": [5, 9], "deviant": [9, 12]}}, "payoff ranges"),
+        ({"payoff": {"compliant": [5, 9]}}, r"payoff\.deviant: Field required"),
+        ({"name": "Not a slug"}, "name"),
+        ({"color": "red"}, "color: Extra inputs"),
+        ({"task": " "}, "task"),
+    ],
+)
+def test_a_bad_environment_is_refused_by_name(environments, tmp_path, change, message):
+    path = tmp_path / "environments.yaml"
+    path.write_text(broken(environments, **change))
+    with pytest.raises(ValueError, match=rf"environments\.yaml: .*{message}"):
+        role_play.read_environments(path)
+
+
+def test_environments_need_distinct_names(environments, tmp_path):
+    path = tmp_path / "environments.yaml"
+    path.write_text(yaml.safe_dump([environments[0].model_dump()] * 2))
+    with pytest.raises(ValueError, match="distinct names"):
+        role_play.read_environments(path)
+
+
+def test_the_prompt_names_options_in_the_items_order(item):
+    for protocol in (Protocol("choose"), Protocol("reason")):
+        text = role_play.opening(item, protocol)[-1]["content"]
+        places = [text.rindex(answer_json(option)) for option in item.options]
+        assert places == sorted(places)
+        assert item.compliant in text.split("\n")[0]
