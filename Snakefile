@@ -13,13 +13,18 @@ SETTINGS = read_profile(PROFILE)
 RUN = f"runs/{Path(PROFILE).stem}"
 # Hub ids hold a slash, file names can't.
 MODELS = {name.replace("/", "--"): name for name in SETTINGS.models}
-EVOLVE = {"role_play": "04_evolve_role_play"}
+EVOLVE = {"role_play": "04_evolve_role_play", "collusion": "06_evolve_collusion"}
+# What an evolution reads: prompts that were written, or a grid that it makes itself.
+PROMPTS = {"role_play": f"{RUN}/data/role_play/test.jsonl", "collusion": "data/environments/collusion.yaml"}
 MODULES = {
-    "data": ["files", "role_play"],
-    "align": ["align", "models", "protocol", "role_play", "engine"],
-    "evolve": ["decisions", "engine", "evolve", "journal", "models", "protocol", "role_play", "transformers_engine"],
-    "figures": ["plots", "stats"],
+    "data": ["files", "role_play", "collusion"],
+    "align": ["align", "models", "protocol", "engine"],
+    "evolve": ["decisions", "engine", "evolve", "journal", "models", "protocol", "transformers_engine"],
+    "figures": ["plots", "stats", "tables", "tipping"],
 }
+
+
+FIGURES = ["08_figures"] + (["07_heatmaps"] if "collusion" in SETTINGS.scenarios else [])
 
 
 def modules(step):
@@ -45,7 +50,7 @@ wildcard_constraints:
 
 rule all:
     input:
-        f"{RUN}/figures/08_figures.done",
+        expand(f"{RUN}/figures/{{book}}.done", book=FIGURES),
     default_target: True
 
 
@@ -53,15 +58,18 @@ rule data:
     input:
         "notebooks/01_generate_data.ipynb",
         modules("data"),
-        expand("data/environments/{scenario}.yaml", scenario=SETTINGS.scenarios),
+        "data/environments/role_play.yaml",
+        "data/environments/collusion.yaml",
     output:
-        expand(f"{RUN}/data/{{scenario}}/{{split}}.jsonl", scenario=SETTINGS.scenarios, split=["train", "test"]),
+        f"{RUN}/data/role_play/train.jsonl",
+        f"{RUN}/data/role_play/test.jsonl",
+        f"{RUN}/data/collusion/train.jsonl",
     params:
         settings=SETTINGS.parameters("01_generate_data"),
     log:
         notebook=f"{RUN}/notebooks/01_generate_data.ipynb",
     message:
-        "data: prompts for {SETTINGS.scenarios}"
+        "data: {RUN}/data"
     shell:
         "python -m atp_utils.run {input[0]} {log.notebook} --profile {PROFILE} -p out {RUN}/data"
 
@@ -70,6 +78,7 @@ rule align:
     input:
         lambda w: f"notebooks/{'02_align_dpo' if w.method == 'dpo' else '03_align_grpo'}.ipynb",
         f"{RUN}/data/{{scenario}}/train.jsonl",
+        "atp_utils/{scenario}.py",
         modules("align"),
     output:
         f"{RUN}/adapters/{{scenario}}/{{model}}/{{method}}/manifest.json",
@@ -93,7 +102,8 @@ rule align:
 rule evolve:
     input:
         lambda w: f"notebooks/{EVOLVE[w.scenario]}.ipynb",
-        f"{RUN}/data/{{scenario}}/test.jsonl",
+        lambda w: PROMPTS[w.scenario],
+        "atp_utils/{scenario}.py",
         adapter_manifest,
         modules("evolve"),
     output:
@@ -102,6 +112,7 @@ rule evolve:
         name=lambda w: MODELS[w.model],
         settings=lambda w: SETTINGS.parameters(EVOLVE[w.scenario], None, MODELS[w.model]),
         adapter=adapter,
+        data=lambda w: f"-p data {RUN}/data" if w.scenario == "role_play" else "",
         out=f"{RUN}/evolution/{{scenario}}/{{model}}/{{arm}}",
     message:
         "evolve: {wildcards.scenario}, {params.name}, {wildcards.arm}"
@@ -110,12 +121,12 @@ rule evolve:
     threads: workflow.cores or 1
     shell:
         "python -m atp_utils.run {input[0]} {log.notebook} --profile {PROFILE} -p model {params.name}"
-        " -p arm {wildcards.arm} -p adapter '{params.adapter}' -p data {RUN}/data -p out {params.out}"
+        " -p arm {wildcards.arm} -p adapter '{params.adapter}' -p out {params.out} {params.data}"
 
 
 rule figures:
     input:
-        "notebooks/08_figures.ipynb",
+        "notebooks/{book}.ipynb",
         expand(
             f"{RUN}/evolution/{{scenario}}/{{model}}/{{arm}}/manifest.json",
             scenario=SETTINGS.scenarios,
@@ -124,10 +135,10 @@ rule figures:
         ),
         modules("figures"),
     output:
-        touch(f"{RUN}/figures/08_figures.done"),
+        touch(f"{RUN}/figures/{{book}}.done"),
     log:
-        notebook=f"{RUN}/notebooks/08_figures.ipynb",
+        notebook=f"{RUN}/notebooks/{{book}}.ipynb",
     message:
-        "figures: {RUN}/figures"
+        "figures: {wildcards.book}"
     shell:
         "python -m atp_utils.run {input[0]} {log.notebook} -p results {RUN}/evolution -p figures {RUN}/figures"

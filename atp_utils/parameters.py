@@ -15,11 +15,12 @@ import papermill
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from atp_utils import files, resolve, shown
+from atp_utils.collusion import Visibility
 
 NOTEBOOKS = Path("notebooks")
 PROFILES = Path("profiles")
 
-Scenario = Literal["role_play"]
+Scenario = Literal["role_play", "collusion"]
 Arm = Literal["base", "dpo", "grpo"]
 Natural = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[int, Field(ge=1, strict=True)]
@@ -43,7 +44,13 @@ TYPES: dict[str, Any] = {
     "seeds": Annotated[list[Natural], Field(min_length=1)],
     "train_per_environment": Even,
     "test_per_environment": Even,
+    "instances_per_game": Even,
     "rounds": Positive,
+    "agents": Annotated[int, Field(ge=2, le=1000, strict=True)],
+    "thresholds": Annotated[list[Positive], Field(min_length=1)],
+    "payoffs": Annotated[list[Annotated[list[float], Field(min_length=3, max_length=3)]], Field(min_length=1)],
+    "visibility": Visibility,
+    "fixed_colluders": Natural,
     "items": Natural,
     "protocol": Literal["choose", "reason"],
     "max_attempts": Positive,

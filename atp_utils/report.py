@@ -3,6 +3,7 @@
 import argparse
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -18,13 +19,39 @@ def report(run: Path) -> str:
     if len(role_play):
         parts += ["Role-play: rule violations by round, % [95 % interval]", _text(stats.rate_table(role_play))]
         parts += ["Last round minus first, percentage points", tables.drift(role_play).to_string()]
+    games = decisions[decisions["scenario"] == "collusion"]
+    if len(games):
+        keys = ("model", "arm", "threshold")
+        rates = stats.rate_table(games, by=(*keys, "round"))
+        parts += ["Collusion: rate by round, % [95 % interval]", _text(rates, keys)]
+        parts += ["Effect of a first success on the next rate, percentage points", tables.effect(games).to_string()]
     paths = sorted([*(run / "figures").glob("*.png"), *(run / "notebooks").glob("*.ipynb")])
     return "\n".join([*parts, "Figures and executed notebooks:", *(f"  {shown(path)}" for path in paths)])
 
 
-def _text(rates: pd.DataFrame) -> str:
+def _text(rates: pd.DataFrame, by: Sequence[str] = ("model", "arm")) -> str:
     with pd.option_context("display.width", 220, "display.max_columns", 20):
-        return stats.round_columns(rates).to_string()
+        return stats.round_columns(rates, by).to_string()
+
+
+def readme_tables(decisions: pd.DataFrame) -> str:
+    """The README's result tables in Markdown, made from recorded decisions; a test holds the README against it."""
+    parts = []
+    role_play = decisions[decisions["scenario"] == "role_play"]
+    if len(role_play):
+        wide = stats.round_columns(stats.rate_table(role_play)).join(tables.drift(role_play).add_prefix("drift, "))
+        paper = tables.paper_table1().pivot(index=["model", "arm"], columns="round", values="rate")
+        parts.append(_markdown(wide.drop(columns=[f"r={r}" for r in range(2, role_play["round"].max())])))
+        parts.append(_markdown(paper.mul(100).round(1)[[1, 6]].add_prefix("r=").reset_index().set_index("model")))
+    games = decisions[decisions["scenario"] == "collusion"]
+    if len(games):
+        keys = ("arm", "threshold")
+        parts.append(_markdown(stats.round_columns(stats.rate_table(games, by=(*keys, "round")), keys)))
+    return "\n\n".join(parts)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    return table.reset_index().to_markdown(index=False)
 
 
 def publish(run: Path, target: Path) -> None:

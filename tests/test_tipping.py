@@ -1,0 +1,71 @@
+"""Measures of the collusion games on tables made by hand."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from atp_utils import tipping
+
+
+def table(*episodes, threshold=4, rho=1.0, arm="base", start=0):
+    """Decisions of episodes given as the colluders (of 8 agents) of each round; game g0, g1, ... in turn."""
+    rows = []
+    for number, counts in enumerate(episodes, start=start):
+        for place, count in enumerate(counts, start=1):
+            for agent in range(8):
+                rows.append(
+                    {
+                        "model": "m", "arm": arm, "seed": 0, "item": f"i{number}-{threshold}", "agent": agent,
+                        "environment": f"g{number}", "threshold": threshold, "incentive_ratio": rho, "round": place,
+                        "valid": True, "deviated": agent < count, "succeeded": count >= threshold,
+                    }
+                )  # fmt: skip
+    frame = pd.DataFrame(rows)
+    return frame.assign(deviated=frame["deviated"].astype("boolean"), succeeded=frame["succeeded"].astype("boolean"))
+
+
+def test_episodes():
+    episodes = tipping.episode_table(table([4, 8, 2]))
+    assert episodes["rate"].tolist() == [0.5, 1.0, 0.25] and episodes["succeeded"].tolist() == [True, True, False]
+
+
+def test_an_episode_counts_its_valid_decisions():
+    decisions = table([4, 2])
+    decisions.loc[0, ["valid", "deviated"]] = [False, pd.NA]
+    first = tipping.episode_table(decisions).iloc[0]
+    assert first["n"] == 7 and first["rate"] == pytest.approx(3 / 7)
+
+
+def test_recollusion_after_success():
+    # At k = 4 episodes of 5, then 7, and of 4, then 8, colluders succeeded: 15 of 16. At k = 6 none did: n = 0.
+    decisions = pd.concat([table([5, 7, 8], [4, 8, 8], [3, 8, 8]), table([5, 8, 8], threshold=6)])
+    found = tipping.recollusion_table(decisions).set_index("threshold")
+    assert found.loc[4, "n"] == 16 and found.loc[4, "rate"] == pytest.approx(15 / 16)
+    assert found.loc[6, "n"] == 0 and math.isnan(found.loc[6, "rate"])
+
+
+def test_the_effect_of_success_is_paired_by_game():
+    # g0: success, 4 -> 6 (+.25), and failure at k = 6, 4 -> 2 (-.25): effect .5. g1: 4 -> 4 and 4 -> 4: effect 0.
+    # g2 has successes only and is left out.
+    decisions = pd.concat([table([4, 6], [4, 4], [4, 8]), table([4, 2], [4, 4], threshold=6)])
+    found = tipping.success_effect(decisions).iloc[0]
+    assert (found["games"], found["effect"], found["low"], found["high"]) == (2, 0.25, 0, 0.5)
+
+
+def test_the_tipping_share_separates_rises_from_falls():
+    # Falls at 1 and 3 of 8, rises at 4 and 6 of 8: any cut between 3/8 and 4/8; an unchanged one is left out.
+    found = tipping.tipping_share(table([1, 0], [3, 2], [4, 5], [6, 8], [5, 5])).iloc[0]
+    assert (found["n"], found["share"], found["agreement"], found["majority"]) == (4, 3.5 / 8, 1.0, 0.5)
+    # The reverse order agrees with no cut better than the majority does.
+    found = tipping.tipping_share(table([1, 2], [6, 5], [7, 6])).iloc[0]
+    assert found["agreement"] <= found["majority"]
+    found = tipping.tipping_share(table([1, 2], [6, 7])).iloc[0]
+    assert math.isnan(found["share"]) and found["majority"] == 1
+
+
+def test_cascades():
+    # A cascade: 4 -> 8; all the time 8; 5 -> 6. None: a fall to success, a rise to failure, no change.
+    episodes = [[4, 6, 8], [8, 8, 8], [5, 4, 6], [6, 6, 5], [1, 2, 3], [5, 5, 5]]
+    found = tipping.cascade_table(table(*episodes)).iloc[0]
+    assert (found["n"], found["rate"]) == (6, 0.5)
