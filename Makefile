@@ -29,8 +29,9 @@ $(INSTALLED): pyproject.toml
 model: $(INSTALLED) ## fetch and convert the embedded model
 	@$(BIN)/python -c "from atp_utils import models, shown; print('model:', shown(models.prepare_embedded()))"
 
+# --nolock: a killed run would leave its lock behind, and each run folder has a lock of its own.
 reproduce: model ## run a profile (PROFILE=quick|laptop|paper), then print its tables
-	$(BIN)/snakemake --cores $(CORES) --config profile=$(PROFILE) --rerun-incomplete --quiet host reason
+	$(BIN)/snakemake --cores $(CORES) --config profile=$(PROFILE) --rerun-incomplete --nolock --quiet host reason
 	@$(BIN)/python -m atp_utils.report runs/$(PROFILE)
 
 test: model ## ruff, pytest and the notebooks by nbval

@@ -34,20 +34,21 @@ def _text(rates: pd.DataFrame, by: Sequence[str] = ("model", "arm")) -> str:
         return stats.round_columns(rates, by).to_string()
 
 
-def readme_tables(decisions: pd.DataFrame) -> str:
-    """The README's result tables in Markdown, made from recorded decisions; a test holds the README against it."""
-    parts = []
+def readme_tables(decisions: pd.DataFrame) -> dict[str, str]:
+    """The README's result tables in Markdown by name, from recorded decisions; a test holds the README against them."""
     role_play = decisions[decisions["scenario"] == "role_play"]
-    if len(role_play):
-        wide = stats.round_columns(stats.rate_table(role_play)).join(tables.drift(role_play).add_prefix("drift, "))
-        paper = tables.paper_table1().pivot(index=["model", "arm"], columns="round", values="rate")
-        parts.append(_markdown(wide.drop(columns=[f"r={r}" for r in range(2, role_play["round"].max())])))
-        parts.append(_markdown(paper.mul(100).round(1)[[1, 6]].add_prefix("r=").reset_index().set_index("model")))
     games = decisions[decisions["scenario"] == "collusion"]
-    if len(games):
-        keys = ("arm", "threshold")
-        parts.append(_markdown(stats.round_columns(stats.rate_table(games, by=(*keys, "round")), keys)))
-    return "\n\n".join(parts)
+    rates = stats.round_columns(stats.rate_table(role_play)).join(tables.drift(role_play).add_prefix("drift, "))
+    inner = [f"r={number}" for number in sorted(role_play["round"].unique())[1:-1]]
+    paper = tables.paper_table1().pivot(index=["model", "arm"], columns="round", values="rate").mul(100).round(1)
+    paper.columns = [f"r={number}" for number in paper.columns]
+    collusion = stats.rate_table(games, by=("arm", "threshold", "round"))
+    return {
+        "role-play": _markdown(rates.drop(columns=inner).droplevel("model")),
+        "role-play, paper": _markdown(paper),
+        "collusion": _markdown(stats.round_columns(collusion, ("arm", "threshold"))),
+        "effect": _markdown(tables.effect(games).droplevel("model")),
+    }
 
 
 def _markdown(table: pd.DataFrame) -> str:

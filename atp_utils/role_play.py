@@ -186,6 +186,16 @@ def _item(
     )
 
 
+def spread(items: list[Item], count: int) -> list[Item]:
+    """``count`` of the items, evenly spread over their order and so over the environments; 0 takes all.
+
+    Raises ValueError when there are fewer.
+    """
+    if count > len(items):
+        raise ValueError(f"items must be at most {len(items)} (the test set), got {count}")
+    return [items[place * len(items) // count] for place in range(count)] if count else items
+
+
 def opening(item: Item, protocol: Protocol) -> list[Message]:
     """The chat before the first decision: also the training prompt, so training sees no history."""
     text = f"{item.prompt}\nWhat do you do? {protocol.instruction(item.options)}"

@@ -18,7 +18,7 @@ def snakemake(*arguments, **environment):
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "profile=tests/profiles/smoke.yaml"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
-        [*command, "--rerun-incomplete", *arguments],
+        [*command, "--rerun-incomplete", "--nolock", *arguments],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | environment | {"PATH": path},
     )  # fmt: skip
 
@@ -79,3 +79,16 @@ def test_a_failed_notebook_is_kept_and_named(tmp_path):
     out = tmp_path / "o.ipynb"
     done = run("notebooks/08_figures.ipynb", str(out), "-p", "results", str(tmp_path / "nothing"))
     assert done.returncode == 1 and "holds no complete run" in done.stderr and out.is_file()
+
+
+def test_the_reason_protocol_counts_what_it_cannot_read(embedded, tmp_path):
+    values = {"protocol": "reason", "items": 3, "rounds": 2, "max_new_tokens": 12, "max_attempts": 2}
+    values |= {"out": str(tmp_path / "run")}
+    given = [word for name, value in values.items() for word in ("-p", name, str(value))]
+    done = run("notebooks/04_evolve_role_play.ipynb", str(tmp_path / "o.ipynb"), *given)
+    assert done.returncode == 0, done.stderr[-2000:]
+    decisions = journal.read_decisions(tmp_path)
+    assert len(decisions) == 6 and decisions["p_deviate"].isna().all()
+    invalid = decisions[~decisions["valid"]]
+    assert invalid["deviated"].isna().all() and (invalid["attempts"] == 2).all()
+    assert (decisions["completion_tokens"] <= 24).all()

@@ -7,9 +7,10 @@ from atp_utils.decisions import to_frame
 RESULTS = resolve("data/results/laptop")
 
 
-def test_the_readme_shows_the_recorded_run_and_nothing_else():
-    tables = report.readme_tables(journal.read_decisions(RESULTS / "evolution"))
-    assert tables in (ROOT / "README.md").read_text()
+def test_the_readme_shows_the_recorded_run():
+    text = (ROOT / "README.md").read_text()
+    for name, table in report.readme_tables(journal.read_decisions(RESULTS / "evolution")).items():
+        assert table in text, name
 
 
 def test_recorded_decisions_have_their_raw_replies():

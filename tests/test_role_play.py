@@ -114,3 +114,12 @@ def test_the_prompt_names_options_in_the_items_order(item):
         places = [text.rindex(answer_json(option)) for option in item.options]
         assert places == sorted(places)
         assert item.compliant in text.split("\n")[0]
+
+
+def test_a_part_of_the_items_is_spread_over_the_environments(splits):
+    test = splits[1]
+    assert role_play.spread(test, 0) == role_play.spread(test, 64) == test
+    assert len({item.environment for item in role_play.spread(test, 16)}) == 16
+    assert len(role_play.spread(test, 3)) == 3
+    with pytest.raises(ValueError, match="at most 64"):
+        role_play.spread(test, 65)
