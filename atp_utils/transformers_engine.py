@@ -57,9 +57,9 @@ class TransformersEngine:
     """Answers `Request`s with the model ``name`` (and a LoRA adapter) in this process.
 
     Weights are loaded at the first request, so a replayed run never needs them. ``batch_tokens`` bounds the
-    padded tokens of one forward pass, ``cache_bytes`` the kept keys and values (least recently used
-    conversations go first). ``forward_tokens`` counts the tokens that the model really read, ``answered``
-    the chats of different content.
+    padded tokens of one forward pass (by default 4096, on a GPU 16384), ``cache_bytes`` the kept keys and
+    values (least recently used conversations go first). ``forward_tokens`` counts the tokens that the model
+    really read, ``answered`` the chats of different content.
     """
 
     def __init__(
@@ -68,12 +68,13 @@ class TransformersEngine:
         adapter: str | Path | None = None,
         *,
         dtype: torch.dtype | None = None,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
         cache_bytes: float = 6e9,
     ):
         self.identity = models.identity(name, adapter, dtype)
         self.tokenizer = models.load_tokenizer(name)
-        self.batch_tokens, self.cache_bytes = batch_tokens, cache_bytes
+        self.batch_tokens = batch_tokens or (16384 if torch.cuda.is_available() else 4096)
+        self.cache_bytes = cache_bytes
         self.answered = self.forward_tokens = 0
         self._load = lambda: models.load(name, adapter, dtype)
         self._kept: OrderedDict[str, tuple[list[int], torch.Tensor]] = OrderedDict()
@@ -193,37 +194,47 @@ class TransformersEngine:
         ids, mask, cache = self._assemble(rows)
         keep = max(row.shared for row in rows) + 1
         after = self._forward(ids[:, cache.get_seq_length() :], mask, cache, keep)
-        shared = [_token_sum(after[p], row.ids[len(row.ids) - row.shared :]) for p, row in enumerate(rows)]
+        shared = [_last_sum(after[p], row.ids[len(row.ids) - row.shared :]) for p, row in enumerate(rows)]
         for place, row in enumerate(rows):
             self._keep(row, row.ids, cache, place, mask[place].nonzero().flatten())
-        scores = []
-        for option in range(len(rows[0].tails)):
-            tails = [row.tails[option] for row in rows]
-            first = [float(after[p, -1, tail[0]]) if tail else 0.0 for p, tail in enumerate(tails)]
-            longest = max(map(len, tails)) - 1
-            if longest > 0:
-                fed = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
-                fed_mask = torch.zeros_like(fed)
-                for place, tail in enumerate(tails):
-                    fed[place, : len(tail) - 1] = torch.tensor(tail[:-1], dtype=fed.dtype)
-                    fed_mask[place, : len(tail) - 1] = 1
-                joint = torch.cat([mask, fed_mask.to(mask.device)], dim=1)
-                following = self._forward(fed.to(ids.device), joint, cache, longest)
-                first = [
-                    value + _token_sum(following[p][: len(tails[p]) - 1], tails[p][1:], ahead=False)
-                    for p, value in enumerate(first)
-                ]
-                cache.crop(-longest)
-                self.forward_tokens += sum(len(tail) - 1 for tail in tails)
-            scores.append(first)
+        ends = [
+            self._score_tails([row.tails[i] for row in rows], after[:, -1], mask, cache)
+            for i in range(len(rows[0].tails))
+        ]
         return [
             Reply(
                 text="",
                 prompt_tokens=len(row.ids) - row.shared,
                 completion_tokens=row.shared + max(map(len, row.tails)),
-                logprobs=tuple(shared[place] + score[place] for score in scores),
+                logprobs=tuple(shared[place] + end[place] for end in ends),
             )
             for place, row in enumerate(rows)
+        ]
+
+    def _score_tails(
+        self, tails: list[list[int]], after: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+    ) -> list[float]:
+        """log P(tail | what the cache holds) of one option for every row; the cache is left as it was.
+
+        ``after`` [rows, vocabulary] are the log-probabilities of a tail's first token. Tails are right-padded.
+        """
+        scores = [float(after[place, tail[0]]) if tail else 0.0 for place, tail in enumerate(tails)]
+        longest = max(map(len, tails)) - 1
+        if longest < 1:
+            return scores
+        fed = torch.full((len(tails), longest), self.tokenizer.pad_token_id)
+        fed_mask = torch.zeros_like(fed)
+        for place, tail in enumerate(tails):
+            read = tail[:-1]
+            fed[place, : len(read)] = torch.tensor(read, dtype=fed.dtype)
+            fed_mask[place, : len(read)] = 1
+            self.forward_tokens += len(read)
+        joint = torch.cat([mask, fed_mask.to(mask.device)], dim=1)
+        following = self._forward(fed.to(mask.device), joint, cache, longest)
+        cache.crop(-longest)
+        return [
+            score + float(sum(following[place, i, token] for i, token in enumerate(tails[place][1:])))
+            for place, score in enumerate(scores)
         ]
 
     def _generate(self, rows: list[_Row]) -> list[Reply]:
@@ -305,7 +316,7 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return shortest
 
 
-def _token_sum(logprobs: torch.Tensor, tokens: Sequence[int], ahead: bool = True) -> float:
-    """Sum of the tokens' log-probabilities; with ``ahead`` the last rows but one of ``logprobs`` precede them."""
-    rows = logprobs[-len(tokens) - 1 : -1] if ahead else logprobs
+def _last_sum(logprobs: torch.Tensor, tokens: Sequence[int]) -> float:
+    """Sum of the log-probabilities of ``tokens``, the last ones that were read; the last row follows them."""
+    rows = logprobs[-len(tokens) - 1 : -1]
     return float(sum(rows[i, token] for i, token in enumerate(tokens)))

@@ -6,7 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from atp_utils.engine import Sampling
+from atp_utils import role_play
+from atp_utils.decisions import answer_json
+from atp_utils.engine import Request, Sampling, draw
+from atp_utils.protocol import Protocol
 from atp_utils.transformers_engine import TransformersEngine
 
 
@@ -66,11 +69,13 @@ def test_kept_conversations_cost_their_new_tokens_and_change_nothing(embedded, a
     assert read["kept"] == read["one by one"] < 0.75 * read["forgotten"]
 
 
-def test_identical_chats_share_one_pass_and_draw_separately(embedded, ask):
+def test_identical_chats_share_one_pass_and_draw_separately(embedded, item):
     engine = TransformersEngine(embedded)
-    replies = answers(engine, [ask("rain", seed=seed) for seed in range(30)])
+    messages, options = role_play.opening(item, Protocol()), tuple(map(answer_json, item.options))
+    replies = answers(engine, [Request("k", messages, seed, options) for seed in range(40)])
     assert engine.answered == 1
     assert len({reply.logprobs for reply in replies}) == 1
+    assert [reply.text for reply in replies] == [options[draw(replies[0].logprobs, seed)] for seed in range(40)]
     assert len({reply.text for reply in replies}) == 2
 
 
