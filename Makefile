@@ -48,7 +48,8 @@ bench: model ## time the evolution against a plain loop
 	$(BIN)/python benchmarks/evolution.py
 
 notebooks: model ## execute the notebooks in place, with their own defaults
-	for book in notebooks/*.ipynb; do $(BIN)/python -m atp_utils.run $$book $$book || exit 1; done
+	ATP_PROGRESS=/dev/stderr $(BIN)/jupyter execute --inplace --KernelManager.transport=ipc \
+		--NotebookClient.record_timing=False notebooks/*.ipynb
 
 publish: $(INSTALLED) ## copy a profile's complete runs to data/results
 	$(BIN)/python -m atp_utils.report runs/$(PROFILE) --publish data/results/$(PROFILE)

@@ -23,7 +23,9 @@ def test_conda_users_get_the_same_pins():
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
 def test_notebooks_read_well(path):
-    cells = json.loads(path.read_text())["cells"]
+    book = json.loads(path.read_text())
+    assert "papermill" not in book["metadata"], "execute with `make notebooks`"
+    cells = book["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert len(code) < len(cells) - len(code) + 2, "prose before code"
     assert sum("parameters" in cell["metadata"].get("tags", []) for cell in code) == 1
