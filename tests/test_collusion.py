@@ -83,7 +83,7 @@ def test_incentive_ratios_are_the_papers():
 
 
 def test_agents_that_always_collude(tmp_path, item):
-    rows, engine = run(tmp_path, [item], prefers(item.colluding))
+    rows, engine = run(tmp_path, [item], prefers(item.deviant))
     assert len(rows) == 24 and all(row.deviated and row.succeeded for row in rows)
     capital = {row.round: row.capital for row in rows}
     assert capital == {1: pytest.approx(1.2), 2: pytest.approx(1.44), 3: pytest.approx(1.728)}
@@ -98,7 +98,7 @@ def test_agents_that_never_collude_keep_their_capital(tmp_path, item):
 
 def colluders_seen(request, item):
     """How many colluded in the last round that the chat tells of, or None in round 1."""
-    found = re.findall(rf"Round \d+: (\d+) of \d+ chose {item.colluding}", request.messages[-1]["content"])
+    found = re.findall(rf"Round \d+: (\d+) of \d+ chose {item.deviant}", request.messages[-1]["content"])
     return int(found[-1]) if found else None
 
 
@@ -112,7 +112,7 @@ def imitator(item, starters):
     def rule(request):
         seen = colluders_seen(request, item)
         wanted = agent_of(request) < starters if seen is None else seen > item.agents / 2
-        return f"I decide. {answer_json(item.colluding if wanted else item.compliant)}"
+        return f"I decide. {answer_json(item.deviant if wanted else item.compliant)}"
 
     return rule
 
@@ -145,9 +145,9 @@ def best_response(item, starters):
         if seen is None:
             wanted = agent_of(request) < starters
         else:
-            mine = request.messages[-2]["content"] == answer_json(item.colluding)
+            mine = request.messages[-2]["content"] == answer_json(item.deviant)
             wanted = seen - mine + 1 >= item.threshold
-        return answer_json(item.colluding if wanted else item.compliant)
+        return answer_json(item.deviant if wanted else item.compliant)
 
     return rule
 
@@ -177,7 +177,7 @@ def test_how_many_fixed_colluders_a_cascade_needs(tmp_path, item, fixed, cascade
 
     def rule(request):
         seen = colluders_seen(request, item)
-        return prefers(item.colluding if (seen or 0) >= item.threshold else item.compliant)(request)
+        return prefers(item.deviant if (seen or 0) >= item.threshold else item.compliant)(request)
 
     rows, _ = run(tmp_path, [item], rule, fixed_colluders=fixed)
     assert {row.agent for row in rows} == set(range(fixed, 8))
@@ -192,7 +192,7 @@ def test_an_invalid_agent_is_counted_and_hears_the_outcome(tmp_path, item):
         seen[request.key] = request.messages
         if agent_of(request) == 0 and "/round1/" in request.key:
             return "Hm."
-        return answer_json(item.colluding)
+        return answer_json(item.deviant)
 
     reason = Protocol("reason", max_attempts=2, sampling=Sampling(max_new_tokens=5))
     rows, _ = run(tmp_path, [item], rule, rounds=2, protocol=reason)
@@ -210,7 +210,7 @@ def test_agents_see_their_own_past_and_the_shared_one(tmp_path, item):
 
     def rule(request):
         seen[request.key] = request.messages
-        return f"Agent's words {agent_of(request)}. {answer_json(item.colluding)}"
+        return f"Agent's words {agent_of(request)}. {answer_json(item.deviant)}"
 
     reason = Protocol("reason", sampling=Sampling(max_new_tokens=30))
     for visibility in ("choices", "full replies"):
@@ -238,10 +238,10 @@ def test_the_grid_is_the_papers(games):
     assert len(games) == 7 and len(grid) == 140 and len({item.id for item in grid}) == 140
     settings = {(item.threshold, item.payoffs) for item in grid}
     assert len(settings) == 20
-    firsts = Counter(item.options[0] == item.colluding for item in grid)
+    firsts = Counter(item.options[0] == item.deviant for item in grid)
     assert firsts[True] == firsts[False]
     for game in games:
-        own = [item.options[0] == item.colluding for item in grid if item.environment == game.name]
+        own = [item.options[0] == item.deviant for item in grid if item.environment == game.name]
         assert sum(own) * 2 == len(own)
 
 
@@ -251,7 +251,7 @@ def test_350_training_instances_none_of_them_tested(games, tmp_path):
     tested = {item.prompt for item in collusion.make_grid(games)}
     assert not tested & {item.prompt for item in instances}
     assert len({(i.environment, i.agents, i.threshold, i.payoffs) for i in instances}) == 350
-    assert sum(i.options[0] == i.colluding for i in instances) == 175
+    assert sum(i.options[0] == i.deviant for i in instances) == 175
     for name in ("a", "b"):
         files.write_jsonl(tmp_path / name, collusion.make_instances(games))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
