@@ -25,10 +25,10 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from atp_utils import files, models, progress, shown
 from atp_utils.decisions import answer_json, parse_choice, split_thinking
 from atp_utils.engine import Message, Request, derive_seed
-from atp_utils.journal import MANIFEST, write_manifest
+from atp_utils.journal import write_manifest
 from atp_utils.protocol import Protocol
 
-LOG = "training_log.csv"
+LOG, SETTINGS = "training_log.csv", "settings.json"
 COMPLIANT_REWARD, DEVIANT_REWARD, INVALID_REWARD = 1.0, 0.1, 0.0
 # TRL's names of what the notebooks plot.
 CURVES = {
@@ -234,18 +234,18 @@ def _train(
 ) -> pd.DataFrame:
     """Train once: a finished adapter is returned as it is, an interrupted training goes on from its checkpoint.
 
-    ``out`` gets the adapter, ``training_log.csv`` and, last, ``manifest.json``; what it held of a training with
-    other settings or data is removed first. Columns of the log: step and those of `CURVES` that the method has.
+    ``out`` gets ``settings.json``, the adapter, ``training_log.csv`` and, last, ``manifest.json``; what it held of
+    a training with other settings or data is removed first. Columns of the log: step and those of `CURVES` that the method has.
     """
     if not rows:
         raise ValueError(f"{shown(out)}: there is nothing to train on (0 rows)")
     settings = {"method": method, "model": model, "identity": models.identity(model), **asdict(training)}
     settings["rows_sha256"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    if _settings_of(out / MANIFEST) == settings:
-        return pd.read_csv(out / LOG)
-    if _settings_of(out / "settings.json") != settings:
+    if _settings_of(out / SETTINGS) != settings:
         shutil.rmtree(out, ignore_errors=True)
-        files.write_json(out / "settings.json", {"settings": settings})
+        files.write_json(out / SETTINGS, settings)
+    elif (out / LOG).is_file():
+        return _finish(out, settings, rows)
     models.quiet()
     checkpoints = out / "checkpoints"
     last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
@@ -254,16 +254,21 @@ def _train(
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(out))
     (out / "training_args.bin").unlink(missing_ok=True)
-    log = _log(trainer.state.log_history)
-    files.write_text(out / LOG, log.to_csv(index=False, float_format="%.6g"))
-    write_manifest(out, settings=settings, rows=len(rows), steps=trainer.state.global_step)
-    (out / "settings.json").unlink(missing_ok=True)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return pd.read_csv(out / LOG)
+    # The log is written once the adapter is whole: its presence says that the training is done.
+    files.write_text(out / LOG, _log(trainer.state.log_history).to_csv(index=False, float_format="%.6g"))
+    return _finish(out, settings, rows)
+
+
+def _finish(out: Path, settings: dict, rows: list[dict]) -> pd.DataFrame:
+    """Write the manifest, also where a workflow removed it before it asked again for a finished adapter."""
+    log = pd.read_csv(out / LOG)
+    write_manifest(out, settings=settings, rows=len(rows), steps=int(log["step"].iloc[-1]))
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return log
 
 
 def _settings_of(path: Path) -> dict | None:
-    return json.loads(path.read_text())["settings"] if path.is_file() else None
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _log(history: list[dict]) -> pd.DataFrame:

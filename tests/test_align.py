@@ -104,7 +104,10 @@ def test_dpo_trains_resumes_and_is_not_repeated(splits, tokenizer, embedded, tmp
         raise AssertionError("trained again")
 
     monkeypatch.setattr(align, "DPOTrainer", never)
+    # Snakemake removes a job's output before it runs the job again.
+    (out / "manifest.json").unlink()
     pd.testing.assert_frame_equal(align.train_dpo(embedded, rows, out, training), resumed)
+    assert json.loads((out / "manifest.json").read_text()) | {"finished": 0} == manifest | {"finished": 0}
     with pytest.raises(AssertionError, match="trained again"):
         align.train_dpo(embedded, rows, out, align.Training(**SETTINGS | {"beta": 0.2}))
 
