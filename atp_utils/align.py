@@ -235,7 +235,8 @@ def _train(
     """Train once: a finished adapter is returned as it is, an interrupted training goes on from its checkpoint.
 
     ``out`` gets ``settings.json``, the adapter, ``training_log.csv`` and, last, ``manifest.json``; what it held of
-    a training with other settings or data is removed first. Columns of the log: step and those of `CURVES` that the method has.
+    a training with other settings or data is removed first. Columns of the log: step, and those of `CURVES` that
+    the method has.
     """
     if not rows:
         raise ValueError(f"{shown(out)}: there is nothing to train on (0 rows)")

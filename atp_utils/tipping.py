@@ -48,9 +48,11 @@ def _changes(decisions: pd.DataFrame) -> pd.DataFrame:
 def success_effect(decisions: pd.DataFrame) -> pd.DataFrame:
     """Does success in round 1 raise the next round's collusion rate? By model and arm, paired by game.
 
-    For each game: mean change of the rate from round 1 to 2 over episodes whose round 1 succeeded, minus the
-    same over those whose round 1 failed. ``effect`` is the mean over games that have both (``games`` of them), with
-    a 95 % interval that resamples games. Columns: model, arm, games, effect, low, high.
+    For each game: mean change of the rate from round 1 to 2 over episodes whose round 1 succeeded, minus the same
+    over those whose round 1 failed. Successes begin with more colluders than failures, so mere regression to the
+    mean pulls this below 0: only a positive effect speaks for imitation. ``effect`` is the mean over games that
+    have both (``games`` of them), with a 95 % interval that resamples games.
+    Columns: model, arm, games, effect, low, high.
     """
     steps = _changes(decisions)
     steps = steps[steps["round"] == 1]
