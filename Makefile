@@ -48,8 +48,7 @@ bench: model ## time the evolution against a plain loop
 	$(BIN)/python benchmarks/evolution.py
 
 notebooks: model ## execute the notebooks in place, with their own defaults
-	ATP_PROGRESS=/dev/stderr $(BIN)/jupyter execute --inplace --KernelManager.transport=ipc \
-		--NotebookClient.record_timing=False notebooks/*.ipynb
+	ATP_PROGRESS=/dev/null $(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
 
 publish: $(INSTALLED) ## copy a profile's complete runs to data/results
 	$(BIN)/python -m atp_utils.report runs/$(PROFILE) --publish data/results/$(PROFILE)

@@ -38,6 +38,9 @@ def quiet() -> None:
     transformers_logging.set_verbosity_error()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # PEFT looks for the base model's configuration on the hub when it saves an adapter; it can do without.
+    warnings.filterwarnings("ignore", message="Unable to fetch remote file", category=UserWarning)
+    warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
 
 
 def best_dtype() -> torch.dtype:

@@ -96,6 +96,7 @@ def heatmap(ax: Axes, cells: pd.DataFrame, *, title: str, colour_bar: bool = Fal
         ax.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor="0.6", linewidth=0))
         ax.text(column + 0.5, row + 0.5, "n=0", ha="center", va="center", size=8, color="0.3")
     ax.set(title=title, xlabel="incentive ratio", ylabel="threshold k")
+    ax.grid(False)
     ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
     return ax
 

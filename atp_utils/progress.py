@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tqdm.auto import tqdm as auto_tqdm
 from tqdm.std import tqdm
 
 
@@ -18,6 +17,9 @@ def bar(total: int | None, label: str) -> Iterator[tqdm]:
     """A bar of ``total`` steps; ``update(n)`` moves it."""
     target = os.environ.get("ATP_PROGRESS")
     if not target:
+        # Imported where it is needed: it looks for widgets, and complains without a front end.
+        from tqdm.auto import tqdm as auto_tqdm
+
         with auto_tqdm(total=total, desc=label, leave=False) as shown:
             yield shown
         return

@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import papermill
@@ -26,9 +27,12 @@ def run(notebook: str | Path, out: str | Path, values: dict) -> None:
     os.environ.setdefault("ATP_PROGRESS", str(terminal) if terminal.exists() else os.devnull)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.getLogger("papermill").setLevel(logging.WARNING)
-    # Sockets in the file system are this user's own; TCP ports on a shared machine are anybody's.
-    transport = Config({"KernelManager": {"transport": "ipc"}})
-    papermill.execute_notebook(str(source), str(target), checked, progress_bar=False, cwd=str(ROOT), config=transport)
+    # Sockets in a folder of this user's own; TCP ports on a shared machine are anybody's.
+    with tempfile.TemporaryDirectory(prefix="atp-") as sockets:
+        transport = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
+        papermill.execute_notebook(
+            str(source), str(target), checked, progress_bar=False, cwd=str(ROOT), config=transport
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

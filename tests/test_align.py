@@ -54,7 +54,8 @@ def test_elicited_pairs_leave_the_added_instruction_out(splits, tokenizer, tmp_p
         _, item_id, option, _, attempt = request.key.split("/")
         wanted = items[1].compliant if item_id == items[1].id else option
         assert f"choose {option}." in request.messages[-1]["content"]
-        return "Hm." if option == items[0].deviant and attempt == "attempt0" else f"I reason. {answer_json(wanted)}"
+        fumbles = (item_id, option, attempt) == (items[0].id, items[0].deviant, "attempt0")
+        return "Hm." if fumbles else f"I reason. {answer_json(wanted)}"
 
     episodes = [align.elicitation(item, role_play.opening, protocol, 0) for item in items]
     with Journal(tmp_path) as journal:
