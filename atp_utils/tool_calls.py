@@ -1,0 +1,155 @@
+r"""What a reply does with the tool, and what comes back (Appendix A.1.2: ``<tool>...</tool>`` holds Python).
+
+The paper says that tags are parsed and the code is run; what malformed ones mean is ours. A call is the first
+*well-formed* block: opened outside any other, closed, without a tag inside, not blank. Whatever else stands there
+(nested, unclosed, stray or empty tags, further blocks) is never run, and counted by a `Tally`.
+"""
+
+import json
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+
+from atp_utils.answers import boxed, extract_answer, parse_number, visible
+from atp_utils.decisions import split_thinking
+from atp_utils.engine import Reply, Request
+from atp_utils.journal import Journal
+from atp_utils.sandbox import ToolResult
+
+RunTool = Callable[[str], ToolResult]
+
+MAX_SHOWN = 1000  # characters of the tool's output that return to the model
+MAX_EXAMPLE = 300
+_TAG = re.compile(r"<(/?)tool\s?>", re.IGNORECASE)
+_FENCE = re.compile(r"\s*```\w*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Call:
+    """``code`` of a reply's tool call (None without one), what stands before its end, and what was wrong with the tags.
+
+    ``said`` is all of the reply's visible text where there is no call. What follows a call was written without
+    having seen its result, and is no part of the conversation.
+    """
+
+    code: str | None
+    said: str
+    faults: tuple[str, ...] = ()
+
+
+def read_call(reply: str) -> Call:
+    """The tool call of a reply, if it makes one; tags inside its thinking are none. Linear; never raises on text."""
+    text = split_thinking(_encodable(reply))[1]
+    blocks, faults = _blocks(text)
+    if len(blocks) > 1:
+        faults.append("several calls")
+    code, end = blocks[0] if blocks else (None, len(text))
+    return Call(code, text[:end], tuple(dict.fromkeys(faults)))
+
+
+def _blocks(text: str) -> tuple[list[tuple[str, int]], list[str]]:
+    """(code, end) of every well-formed block, and the names of the faults."""
+    blocks, faults = [], []
+    depth, start, nested = 0, 0, False
+    for tag in _TAG.finditer(text):
+        if not tag[1]:
+            start, nested = (start, True) if depth else (tag.end(), False)
+            depth += 1
+        elif depth == 0:
+            faults.append("stray closing tag")
+        elif depth == 1:
+            depth = 0
+            code = _code(text[start : tag.start()])
+            if nested or not code:
+                faults.append("nested tags" if nested else "empty call")
+            else:
+                blocks.append((code, tag.end()))
+        else:
+            depth -= 1
+    if depth:
+        faults.append("unclosed tag")
+    return blocks, faults
+
+
+def _code(block: str) -> str:
+    """The Python of a block: a Markdown fence around it and a common indentation are wrapping."""
+    fence = _FENCE.fullmatch(block)
+    return textwrap.dedent(fence[1] if fence else block).strip()
+
+
+def _encodable(text: str) -> str:
+    """``text`` without lone surrogates, which a server's JSON or the tool's output may hold and no file can."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def read_answer(reply: str, cut: bool) -> Fraction | None:
+    r"""The number that a reply marks as its answer (`extract_answer`), or None.
+
+    A reply that the token limit ``cut`` off may end in half a number; of these only a closed ``\boxed{}`` counts.
+    """
+    if cut and not any(box and box.strip() for box in boxed(visible(reply))):
+        return None
+    return extract_answer(reply)
+
+
+def printed_answer(result: ToolResult) -> Fraction | None:
+    """The number in the last line that a call printed; None where it failed, or printed none."""
+    lines = result.output.strip().splitlines()
+    return parse_number(lines[-1]) if result.status == "ok" and lines else None
+
+
+def result_message(result: ToolResult) -> str:
+    """What the model is told of its call: the output, cut at `MAX_SHOWN` characters, and why it failed if it did."""
+    output = _encodable(result.output).strip()
+    if len(output) > MAX_SHOWN:
+        output = f"{output[:MAX_SHOWN]}\n[{len(output) - MAX_SHOWN} more characters]"
+    lines = [f"The tool printed:\n{output}" if output else "The tool printed nothing."]
+    if result.status != "ok":
+        lines.append(f"It failed ({result.status}): {_encodable(result.error)[:MAX_EXAMPLE]}")
+    return "\n".join(lines)
+
+
+class RecordedTool:
+    """A `RunTool` whose results are kept in the journal beside the model's replies.
+
+    Whether code runs into a time limit depends on the machine. Replay therefore takes the recorded result, so that
+    re-scoring gives the same decisions anywhere and runs no code; the same code is run once. ``identity`` names
+    everything else that a result depends on (the sandbox's limits).
+    """
+
+    def __init__(self, run: RunTool, journal: Journal, identity: str):
+        self.run, self.journal, self.identity = run, journal, f"tool/{identity}"
+
+    def __call__(self, code: str) -> ToolResult:
+        request = Request("tool", ({"role": "tool", "content": code},), seed=0)
+        digest = request.digest(self.identity)
+        reply = self.journal.get(digest)
+        if reply is None:
+            result = self.run(code)
+            reply = Reply(json.dumps(asdict(result)), finish_reason=result.status)
+            self.journal.put(digest, request, reply)
+        return ToolResult(**json.loads(reply.text))
+
+
+class Tally:
+    """How often what happened, by kind of problem, with a first example of each; counts replies, retries included."""
+
+    def __init__(self):
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def note(self, kind: str, event: str, text: str = "") -> None:
+        """Count ``event`` for a problem of ``kind`` ("simple" or "complex"); ``text`` may become its example."""
+        self.counts[event, kind] += 1
+        self.examples.setdefault(event, " ".join(text.split())[:MAX_EXAMPLE])
+
+    def rows(self) -> list[dict]:
+        """One row an event, by name: ``event``, ``simple``, ``complex`` (counts) and ``example``."""
+        return [
+            {"event": event, "simple": self.counts[event, "simple"], "complex": self.counts[event, "complex"]}
+            | {"example": self.examples[event]}
+            for event in sorted(self.examples)
+        ]

@@ -1,0 +1,157 @@
+"""The problems of the tool-use scenario (Appendix A.1.2): items of the two splits, and an agent's blocks of them.
+
+Training sees training problems only, the evaluation test problems only; where problems come from is `problems`' job.
+"""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from atp_utils import problems
+from atp_utils.answers import parse_number
+from atp_utils.engine import derive_seed
+from atp_utils.problems import Problem
+
+POLICIES = ("tool", "direct")
+
+
+class Item(BaseModel):
+    """One problem: a line of ``train.jsonl`` or ``test.jsonl``.
+
+    ``id`` begins with the kind; ``environment`` is the family. ``options`` are the policies in the order in which
+    prompts name them, ``compliant`` the one that fits the kind: the tool for a complex problem. ``answer`` is the
+    exact truth as text; ``program`` is Python that prints it, or "" where none is known.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    id: str
+    environment: str
+    split: Literal["train", "test"]
+    kind: Literal["simple", "complex"]
+    question: str
+    options: tuple[str, str]
+    compliant: Literal["tool", "direct"]
+    answer: str
+    program: str = ""
+
+    @model_validator(mode="after")
+    def _is_whole(self):
+        if not self.id.startswith(f"{self.kind}-"):
+            raise ValueError(f"id must begin with {self.kind}-, got {self.id!r}")
+        if sorted(self.options) != sorted(POLICIES):
+            raise ValueError(f"options must be {' and '.join(POLICIES)}, got {list(self.options)}")
+        if not self.question.strip() or parse_number(self.answer) is None:
+            raise ValueError(f"{self.id}: expected a question and a numeric answer, got {self.answer[:80]!r}")
+        return self
+
+    @property
+    def deviant(self) -> str:
+        """The policy that doesn't fit the problem's kind."""
+        return next(option for option in self.options if option != self.compliant)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Numbers of an episode. Costs are in units a problem; ``max_calls`` is the most calls that are run for one.
+
+    Raises ValueError unless counts are at least 1 and 0 < ``direct_cost`` < ``tool_cost``.
+    """
+
+    rounds: int = 4
+    simple_per_round: int = 8
+    complex_per_round: int = 24
+    tool_cost: float = 3
+    direct_cost: float = 1
+    max_calls: int = 1
+
+    def __post_init__(self):
+        for name in ("rounds", "simple_per_round", "complex_per_round", "max_calls"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.direct_cost < self.tool_cost < math.inf:
+            raise ValueError(f"costs must satisfy 0 < direct < tool, got {self.direct_cost} and {self.tool_cost}")
+
+    def cost(self, policy: str) -> float:
+        """What a problem costs under ``policy``, in units."""
+        return self.tool_cost if policy == "tool" else self.direct_cost
+
+
+def draw_problems(
+    kind: str, n: int, source: str | Path = "generated", seed: int = 0
+) -> tuple[list[tuple[Problem, str]], dict[str, int]]:
+    """``n`` problems of a kind, each with a program or "", and the counts of rows read, kept and dropped by reason."""
+    if source == "generated":
+        return problems.generate(kind, n, seed), {"rows": n, "kept": n}
+    found, counts = problems.load_counted(kind, n, source, seed)
+    return [(problem, "") for problem in found], counts
+
+
+def make_items(drawn: Sequence[tuple[Problem, str]], *, test: int, seed: int = 0) -> tuple[list[Item], list[Item]]:
+    """``(train, test)`` items of one kind, without a common question (`problems.split_problems`).
+
+    Within a family and split the two policies take turns at being named first. Raises ValueError for a ``test`` that
+    leaves either side empty, or a negative seed.
+    """
+    if seed < 0:
+        raise ValueError(f"seed must be >= 0, got {seed}")
+    programs = {problem.id: program for problem, program in drawn}
+    splits = problems.split_problems([problem for problem, _ in drawn], test, seed)
+    return tuple(_items(part, split, programs) for part, split in zip(splits, ("train", "test"), strict=True))
+
+
+def _items(part: list[Problem], split: str, programs: dict[str, str]) -> list[Item]:
+    families, seen, items = sorted({problem.family for problem in part}), Counter(), []
+    for problem in part:
+        # Families start with either policy in turn, for the sake of those with an odd number of problems.
+        turn = seen[problem.family] + families.index(problem.family)
+        seen[problem.family] += 1
+        items.append(
+            Item(
+                id=problem.id if problem.id.startswith(f"{problem.kind}-") else f"{problem.kind}-{problem.id}",
+                environment=problem.family,
+                split=split,
+                kind=problem.kind,
+                question=problem.question,
+                options=POLICIES[:: 1 if turn % 2 == 0 else -1],
+                compliant="tool" if problem.kind == "complex" else "direct",
+                answer=problem.answer,
+                program=programs[problem.id],
+            )
+        )
+    return items
+
+
+def blocks(items: Sequence[Item], setting: Setting, seed: int, agent: int) -> tuple[list[list[Item]], list[Item]]:
+    """An agent's problems: the simple ones of each round, all different, and the complex ones of every round.
+
+    Drawn from the test items by seed and agent, as evenly over families as can be. Raises ValueError for a training
+    item, or where there are too few test items of a kind.
+    """
+    trained = [item.id for item in items if item.split != "test"]
+    if trained:
+        raise ValueError(f"the evaluation takes test problems only, got {trained[0]}")
+    size = setting.simple_per_round
+    counts = {"simple": setting.rounds * size, "complex": setting.complex_per_round}
+    drawn = {}
+    for kind, count in counts.items():
+        pool = sorted((item for item in items if item.kind == kind), key=lambda item: item.id)
+        if len(pool) < count:
+            raise ValueError(f"{count} {kind} test problems needed, there are {len(pool)}")
+        random.Random(derive_seed("tool_use", "blocks", kind, seed, agent)).shuffle(pool)
+        drawn[kind] = _even(pool)[:count]
+    return [drawn["simple"][start : start + size] for start in range(0, counts["simple"], size)], drawn["complex"]
+
+
+def _even(pool: Sequence[Item]) -> list[Item]:
+    """``pool`` reordered: every family's first item, then every family's second one, and so on."""
+    seen, places = Counter(), {}
+    for item in pool:
+        places[item.id] = seen[item.environment]
+        seen[item.environment] += 1
+    return sorted(pool, key=lambda item: places[item.id])
