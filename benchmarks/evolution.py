@@ -2,7 +2,7 @@
 
 The plain loop is what one would write first: one chat at a time, the whole history read anew in every round.
 Both take the same decisions (a chat's history is fixed by the engine's run), so the ratio is pure engine.
-For `reason` the plain loop generates for a sample of the chats and its time is scaled to all of them.
+The plain loop answers a random sample of the chats and its time is scaled to all of them.
 
     python benchmarks/evolution.py [--items 64] [--rounds 6] [--tokens 64]
 """
