@@ -1,0 +1,470 @@
+"""The engine for servers, against a server of the tests' own that fails in every way that servers do."""
+
+import asyncio
+import json
+import logging
+import math
+import random
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import openai._base_client
+import pytest
+import tenacity
+
+from atp_utils import decisions, evolve, journal, models, openai_engine, role_play
+from atp_utils.decisions import split_thinking
+from atp_utils.engine import Request, Sampling, ScriptedEngine, normalise
+from atp_utils.openai_engine import OpenAIEngine
+from atp_utils.protocol import Protocol
+
+KEY = "sk-very-secret-0123456789"
+YES, NO = '{"choice": "Yes"}', '{"choice": "No"}'
+PASSING = ("429", "500", "503", "half", "cut", "garbage", "wrong", "abort", "nothing", "silence")
+
+
+class Server(ThreadingHTTPServer):
+    """Answers by ``rule(body)``; ``faults`` are used up first, one a POST, and ``broken`` is one that never ends."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, rule):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.rule, self.faults, self.broken = rule, deque(), None
+        self.models = {
+            "data": [{"id": "toy", "object": "model", "created": int(time.time()), "root": "/weights/a/toy"}]
+        }
+        self.posts, self.served, self.times = [], [], []
+        self.lock, self.closing = threading.Lock(), threading.Event()
+        self.parallel = self.most_parallel = 0
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, client_address):
+        pass  # clients that gave up
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+    def send(self, status, body, *, length=None, kind="application/json", **headers):
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        if length != 0:
+            self.send_header("Content-Length", str(length or len(content)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self):
+        refused = self.server.broken == "401"
+        found = self.path == "/v1/models"
+        self.send(401 if refused else 200 if found else 404, self.server.models if found and not refused else {})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.posts.append(self.path)
+            self.server.times.append(time.monotonic())
+            fault = self.server.broken or (self.server.faults.popleft() if self.server.faults else None)
+            self.server.parallel += 1
+            self.server.most_parallel = max(self.server.most_parallel, self.server.parallel)
+        try:
+            if fault:
+                return self.fail(fault, body)
+            answer = self.server.rule(body)
+            status = answer.pop("status", 200)
+            with self.server.lock:
+                self.server.parallel -= 1
+                self.server.served += [body] if status == 200 else []
+            self.send(status, answer)
+        finally:
+            if fault:
+                self.server.parallel -= 1
+
+    def fail(self, fault, body):
+        whole = json.dumps(self.server.rule(body)).encode()
+        if fault == "silence":
+            self.server.closing.wait(20)
+        elif fault.isdigit():
+            self.send(int(fault), {"error": {"message": f"no, {self.headers['Authorization']}"}})
+        elif fault == "slow down":
+            self.send(429, {}, retry_after_ms="400")
+        elif fault == "half":
+            self.send(200, whole[: len(whole) // 2], length=len(whole))
+        elif fault == "cut":
+            self.send(200, whole[: len(whole) // 2], length=0)
+        elif fault == "garbage":
+            self.send(200, b"<html>\xff\x00 502 Bad Gateway", kind="text/html")
+        elif fault == "wrong":
+            self.send(200, {"object": "chat.completion", "choices": [{"message": "hello"}]})
+        elif fault == "abort":
+            self.send(200, chat("so far, I", finish_reason="abort"))
+        self.close_connection = True
+
+
+def chat(content, finish_reason="stop", logprobs=None, **message):
+    turn = {"index": 0, "message": {"role": "assistant", "content": content, **message}, "finish_reason": finish_reason}
+    usage = {"prompt_tokens": 7, "completion_tokens": 2}
+    return {"object": "chat.completion", "choices": [turn | {"logprobs": logprobs}], "usage": usage}
+
+
+def said(body):
+    return f"{body['messages'][-1]['content']} {body['seed']}"
+
+
+@pytest.fixture
+def start(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
+    monkeypatch.setattr(openai_engine, "WAIT", tenacity.wait_none())
+    servers = []
+
+    def make(rule=lambda body: chat(said(body))):
+        servers.append(Server(rule))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+
+
+def free(number, **sampling):
+    return Request(f"test/{number}", [{"role": "user", "content": f"Say {number}."}], number, (), Sampling(**sampling))
+
+
+def forced(seed=0, options=(YES, NO)):
+    return Request(f"test/{seed}", [{"role": "user", "content": "Do you like rain?"}], seed, options)
+
+
+def answers(engine, requests):
+    replies = list(engine.answer(requests))
+    assert sorted(index for index, _ in replies) == list(range(len(requests)))
+    return [reply for _, reply in sorted(replies)]
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_no_fault_loses_a_reply_or_counts_one_twice(start, fault):
+    server = start()
+    engine = OpenAIEngine("toy", server.url, timeout=1.5 if fault == "silence" else 20)
+    server.faults.extend([fault] * 3)
+    replies = answers(engine, [free(number) for number in range(12)])
+    assert [reply.text for reply in replies] == [f"Say {number}. {number}" for number in range(12)]
+    assert {(reply.prompt_tokens, reply.completion_tokens, reply.finish_reason) for reply in replies} == {
+        (7, 2, "stop")
+    }
+    assert len(server.posts) == 15 and engine.retried == 3 and engine.answered == 12
+
+
+def play(folder, items, engine):
+    how = Protocol("reason", sampling=Sampling(max_new_tokens=8))
+    episodes = [role_play.episode(item, rounds=3, seed=0, protocol=how) for item in items]
+    with journal.Journal(folder) as record:
+        rows = evolve.run(episodes, engine, record)
+        record.finish(decisions.to_frame(rows, model="toy", arm="base"), identity=engine.identity)
+    return rows
+
+
+def choice(messages, seed):
+    """Some option that follows from the chat and the seed."""
+    prompt = next(message["content"] for message in messages if '"choice": ' in message["content"])
+    option = prompt.split('"choice": ')[1:][(seed + len(messages)) % 2].split("}")[0]
+    return f'Well, {{"choice": {option}}}'
+
+
+def test_a_run_over_faults_is_the_run_without_them(start, tmp_path, splits):
+    server = start(lambda body: chat(choice(body["messages"], body["seed"])))
+    server.faults.extend(random.Random(0).choices([*PASSING[:-1], *[None] * 9], k=80))
+    engine = OpenAIEngine("toy", server.url, concurrency=8, retries=9)
+    rows = play(tmp_path / "served", splits[1][:16], engine)
+    script = ScriptedEngine(lambda request: choice(request.messages, request.seed % 2**31), engine.identity)
+    expected = play(tmp_path / "scripted", splits[1][:16], script)
+    assert [replace(row, prompt_tokens=0, completion_tokens=0) for row in rows] == expected
+    lines = (tmp_path / "served" / journal.REPLIES).read_text().splitlines()
+    assert len(lines) == len({json.loads(line)["digest"] for line in lines}) == 48 == engine.answered
+
+
+def test_a_run_goes_on_where_its_server_broke_down(start, tmp_path, splits):
+    def rule(body):
+        if len(server.served) == 20:
+            server.broken = "500"
+        return chat(choice(body["messages"], body["seed"]))
+
+    server = start(rule)
+    with pytest.raises(ConnectionError, match="still fails after 1 retries.*run again to go on"):
+        play(tmp_path, splits[1][:16], OpenAIEngine("toy", server.url, concurrency=1, retries=1))
+    kept = (tmp_path / journal.REPLIES).read_text().splitlines()
+    assert len(kept) == len(server.served) == 21
+    server.broken, server.rule = None, lambda body: chat(choice(body["messages"], body["seed"]))
+    play(tmp_path, splits[1][:16], OpenAIEngine("toy", server.url, concurrency=1))
+    assert set(Counter(json.dumps(body) for body in server.served).values()) == {1} and len(server.served) == 48
+    server.broken = "500"
+    play(tmp_path, splits[1][:16], OpenAIEngine("toy", "http://127.0.0.1:9/v1", identity="toy|root=a/toy"))
+
+
+def test_replies_under_way_are_kept_when_another_request_fails(start):
+    failed = threading.Event()
+
+    def rule(body):
+        if "Say 0." in said(body):
+            failed.set()
+            return {"status": 400, "error": {"message": f"the chat is too long for {KEY}"}}
+        failed.wait(20)
+        time.sleep(0.1)
+        return chat(said(body))
+
+    server, got = start(rule), []
+    with pytest.raises(ValueError, match=r"refuses test/0: .*too long for \*\*\*.*run again"):
+        for index, _ in OpenAIEngine("toy", server.url, concurrency=3).answer([free(n) for n in range(9)]):
+            got.append(index)
+    assert sorted(got) == sorted(body["seed"] for body in server.served) and 2 <= len(got) < 8
+
+
+def test_retry_after_is_honoured(start):
+    server = start()
+    server.faults.append("slow down")
+    answers(OpenAIEngine("toy", server.url), [free(1)])
+    assert server.times[1] - server.times[0] >= 0.4
+
+
+def test_several_servers_share_the_load_and_one_that_stays_out_is_left(start):
+    meeting = threading.Barrier(4, timeout=20)
+
+    def rule(body):
+        meeting.wait()
+        time.sleep(0.1)  # a fifth request would come now
+        return chat(said(body))
+
+    first, second = start(rule), start(rule)
+    engine = OpenAIEngine("toy", [first.url, second.url + "/"], concurrency=4, retries=1)
+    answers(engine, [free(number) for number in range(8)])
+    assert len(first.served) == len(second.served) == 4
+    assert first.most_parallel == second.most_parallel == 2
+    first.rule = second.rule = lambda body: chat(said(body))
+    first.broken = "nothing"
+    assert [reply.text[-2:] for reply in answers(engine, [free(number) for number in range(10, 40)])] == [
+        str(number) for number in range(10, 40)
+    ]
+    assert len(first.served) == 4 and len(second.served) == 34
+    second.broken = "503"
+    with pytest.raises(ConnectionError, match="run again"):
+        answers(engine, [free(1)])
+
+
+def test_bad_servers_are_refused_before_a_token_is_paid_for(start, monkeypatch):
+    server, other = start(), start()
+    other.models = {"data": [{"id": "toy", "root": "another/toy"}]}
+    for url, model, error, advice in (
+        ("localhost:8000", "toy", ValueError, "http://127.0.0.1:8000/v1"),
+        (server.url.replace("http://", f"http://me:{KEY}@"), "toy", ValueError, "environment"),
+        ([], "toy", ValueError, "at least one server"),
+        (server.url.removesuffix("/v1"), "toy", ValueError, "ends in /v1"),
+        ("http://127.0.0.1:9/v1", "toy", ConnectionError, "is the server running"),
+        (server.url, "gpt", ValueError, "serves 'toy', not 'gpt'"),
+        ([server.url, other.url], "toy", ValueError, "different models"),
+    ):
+        with pytest.raises(error, match=advice) as caught:
+            OpenAIEngine(model, url)
+        assert KEY not in str(caught.value)
+    with pytest.raises(ValueError, match="the replies before came from 'toy|root=b/toy'"):
+        list(OpenAIEngine("toy", server.url, identity="toy|root=b/toy").answer([free(1)]))
+    server.models = b"<html>"
+    with pytest.raises(ValueError, match="no OpenAI-compatible server"):
+        OpenAIEngine("toy", server.url)
+    server.broken = "401"
+    with pytest.raises(PermissionError, match="variable OPENAI_API_KEY holds none of its keys"):
+        OpenAIEngine("toy", server.url)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(PermissionError, match="variable OTHER_KEY is not set"):
+        OpenAIEngine("toy", server.url, key_variable="OTHER_KEY")
+    assert server.posts == other.posts == []
+
+
+def test_the_key_is_sent_and_appears_nowhere(start, caplog, tmp_path, splits, monkeypatch):
+    caplog.set_level(logging.DEBUG)
+    keys = []
+    server = start(lambda body: chat(choice(body["messages"], body["seed"])))
+    monkeypatch.setattr(
+        Handler, "do_GET", lambda self: keys.append(self.headers["Authorization"]) or self.send(200, server.models)
+    )
+    server.faults.extend(["500", "garbage", "429"])
+    engine = OpenAIEngine("toy", server.url, retries=1)
+    play(tmp_path, splits[1][:2], engine)
+    shown = [caplog.text, repr(vars(engine)), *(path.read_bytes().decode("latin-1") for path in tmp_path.iterdir())]
+    for server.broken in ("400", "403", "500", "garbage", "404"):
+        with pytest.raises((ConnectionError, PermissionError, ValueError)) as caught:
+            answers(engine, [free(1)])
+        shown += [str(caught.value), repr(caught.value.__cause__), str(caught.getrepr(chain=True, showlocals=False))]
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\nX-More: 1")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY holds characters") as caught:
+        OpenAIEngine("toy", server.url)
+    assert keys == [f"Bearer {KEY}"]
+    assert not any(KEY in text for text in [*shown, caplog.text, str(caught.value)])
+
+
+def test_a_request_says_all_that_its_reply_depends_on(start):
+    server = start()
+    engine = OpenAIEngine("toy", server.url)
+    sampling = {"max_new_tokens": 9, "temperature": 0.6, "top_p": 0.9}
+    answers(engine, [free(2**62 + 5, **sampling, top_k=20), free(3, **sampling, thinking=False)])
+    first, second = sorted(server.served, key=said, reverse=True)
+    assert first["seed"] == 5 and second["seed"] == 3
+    assert (first["model"], first["max_tokens"], first["temperature"], first["top_p"]) == ("toy", 9, 0.6, 0.9)
+    assert (first["top_k"], second["top_k"]) == (20, -1)
+    assert [body["chat_template_kwargs"]["enable_thinking"] for body in (first, second)] == [True, False]
+    assert engine.identity == "toy|root=a/toy"
+
+
+def test_fields_that_a_server_refuses_are_left_out_where_the_request_can_do_without(start):
+    def rule(body):
+        extra = sorted(set(body) & {"top_k", "generation_config", "chat_template_kwargs"})
+        return {"status": 422, "detail": f"Unexpected fields: {extra}"} if extra else chat(said(body))
+
+    server = start(rule)
+    engine = OpenAIEngine("toy", server.url)
+    assert [reply.text for reply in answers(engine, [free(1), free(2)])] == ["Say 1. 1", "Say 2. 2"]
+    for sampling, advice in (({"top_k": 5}, "set top_k to 0"), ({"thinking": False}, "set thinking to true")):
+        with pytest.raises(ValueError, match=advice):
+            answers(engine, [free(1, **sampling)])
+    assert len(server.served) == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "thinking", "answer"),
+    [
+        ({"content": "Yes.", "reasoning_content": "Hm."}, "Hm.", "Yes."),
+        ({"content": "Yes.", "reasoning": "<think>Hm.</think>"}, "Hm.", "Yes."),
+        ({"content": "<think>Hm.</think>Yes."}, "Hm.", "Yes."),
+        ({"content": None, "reasoning": "Hm.", "finish_reason": "length"}, "Hm.", ""),
+        ({"content": "Yes.", "reasoning": None}, "", "Yes."),
+    ],
+)
+def test_thinking_is_kept_apart_from_the_answer(start, message, thinking, answer):
+    [reply] = answers(OpenAIEngine("toy", start(lambda body: chat(**message)).url), [free(1)])
+    assert split_thinking(reply.text) == (thinking, answer)
+    assert reply.finish_reason == message.get("finish_reason", "stop")
+
+
+class Letters:
+    """A tokenizer with a token a character."""
+
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt, enable_thinking):
+        assert add_generation_prompt and not tokenize and not enable_thinking
+        return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant: "
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": list(map(ord, text))}
+
+
+def echo(body):
+    """log P = -1 a token of the prompt, -0.1 a token of the option; none of the first."""
+    choices = []
+    for index, ids in enumerate(body["prompt"]):
+        assert "".join(map(chr, ids)).startswith("user: ") and body["echo"] and body["max_tokens"] == 1
+        prompt = "".join(map(chr, ids)).index("assistant: ") + len("assistant: ")
+        row = [None] + [-1.0] * (prompt - 1) + [-0.1] * (len(ids) - prompt) + [-5.0]
+        choices.insert(0, {"index": index, "text": "", "finish_reason": "length", "logprobs": {"token_logprobs": row}})
+    return {"object": "text_completion", "choices": choices}
+
+
+def tops(*positions):
+    """``logprobs`` of a chat: at each position the token, then the probabilities of all candidates."""
+    entries = [
+        {"token": token, "logprob": math.log(table[token]),
+         "top_logprobs": [{"token": other, "logprob": math.log(p)} for other, p in table.items()]}
+        for token, table in positions
+    ]  # fmt: skip
+    return {"content": entries}
+
+
+PREFIX = (('{"', {'{"': 0.9, "{": 0.1}), ('choice": "', {'choice": "': 1.0}))
+
+
+def test_options_are_scored_whole_where_the_server_echoes(start, monkeypatch):
+    monkeypatch.setattr(models, "load_tokenizer", lambda name: Letters())
+    server = start(echo)
+    engine = OpenAIEngine("toy", server.url, tokenizer="letters")
+    replies = answers(engine, [forced(seed) for seed in range(30)])
+    assert len({reply.logprobs for reply in replies}) == 1
+    assert replies[0].logprobs == pytest.approx((-0.1 * len(YES), -0.1 * len(NO)))
+    assert {reply.text for reply in replies} == {YES, NO} and {reply.finish_reason for reply in replies} == {"scored"}
+    assert replies[0].prompt_tokens == len("user: Do you like rain?\nassistant: ")
+    assert len(server.served) == 2 and engine.answered == 1  # the probe and one request
+    assert engine.identity.endswith("|tokenizer=letters")
+
+
+@pytest.mark.parametrize("kind", ["new token only", "refused", "none"])
+def test_the_first_differing_token_stands_in_where_nothing_is_echoed(start, monkeypatch, kind):
+    monkeypatch.setattr(models, "load_tokenizer", lambda name: Letters())
+
+    def rule(body):
+        if "prompt" not in body:
+            return chat(NO, logprobs=tops(*PREFIX, ("No", {"No": 0.3, "Yes": 0.5, "Y": 0.1, "Maybe": 0.1})))
+        short = {"index": 0, "logprobs": {"token_logprobs": [-0.5]} if kind == "new token only" else None}
+        return {"status": 400, "error": "no"} if kind == "refused" else {"choices": [short, short | {"index": 1}]}
+
+    server = start(rule)
+    replies = answers(OpenAIEngine("toy", server.url, tokenizer="letters"), [forced(seed) for seed in range(20)])
+    assert normalise(replies[0].logprobs) == pytest.approx([2 / 3, 1 / 3])
+    assert {reply.finish_reason for reply in replies} == {"first_token"}
+    assert {reply.text for reply in replies} == {YES, NO} and server.posts.count("/v1/chat/completions") == 1
+    schema = server.served[-1]["response_format"]["json_schema"]["schema"]
+    assert schema["properties"] == {"choice": {"enum": ["Yes", "No"]}} and server.served[-1]["temperature"] == 1
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        None,
+        {"content": [{"token": "{"}]},
+        tops(*PREFIX, ("No", {"No": 0.6, "Maybe": 0.4})),  # "Yes" is not among them
+        tops(),
+        tops(("Sure", {"Sure": 0.8, "{": 0.2})),  # the text is another
+        tops(('{"', {'{"': 0.9, '{"choice": "N': 0.1}), *PREFIX[1:], ("No", {"No": 0.5, "Yes": 0.5})),  # two ways to No
+    ],
+)
+def test_without_clear_log_probabilities_every_request_gets_its_own_text(start, logprobs):
+    server = start(lambda body: chat((YES, NO, "Rain is wet.")[body["seed"] % 3], logprobs=logprobs))
+    replies = answers(OpenAIEngine("toy", server.url), [forced(seed) for seed in range(9)])
+    assert [reply.text for reply in replies] == [YES, NO, "Rain is wet."] * 3
+    assert {(reply.logprobs, reply.finish_reason) for reply in replies} == {(None, "sampled:stop")}
+    assert sorted(body["seed"] for body in server.served) == list(range(9))
+
+
+def test_a_token_that_begins_several_options_is_ambiguous(start):
+    options = tuple(decisions.answer_json(name) for name in ("Green Gate", "Green Door", "Red Gate"))
+    clear = {"Green G": 0.3, "Green D": 0.3, "Red": 0.4}
+    for table, reason in ((clear, "first_token"), (clear | {"Green": 0.2}, "sampled:stop")):
+        server = start(lambda body, table=table: chat(options[2], logprobs=tops(*PREFIX, ("Red", table))))
+        [reply] = answers(OpenAIEngine("toy", server.url), [forced(options=options)])
+        assert reply.finish_reason == reason
+
+
+def test_it_runs_inside_a_running_loop_and_can_be_left_early(start):
+    engine = OpenAIEngine("toy", start().url, concurrency=2)
+
+    async def cell():
+        return answers(engine, [free(1)])
+
+    assert asyncio.run(cell())[0].text == "Say 1. 1"
+    before = threading.active_count()
+    stream = engine.answer([replace(free(n), seed=n) for n in range(50)])
+    next(stream)
+    stream.close()
+    assert threading.active_count() <= before + 2 and engine.answered <= 3
+
+
+@pytest.mark.parametrize("wrong", [{"concurrency": 0}, {"timeout": 0}, {"retries": -1}])
+def test_settings_are_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        OpenAIEngine("toy", "http://127.0.0.1:9/v1", **wrong)
