@@ -328,7 +328,7 @@ def _body(request: Request, refused: set[str]) -> dict[str, Any]:
     """A chat request's fields besides model and messages; raises ValueError if it can't do without a refused one."""
     sampling = request.sampling
     if request.options:
-        sampling = Sampling(max_new_tokens=max(len(text.encode()) for text in request.options) + 64, thinking=False)
+        sampling = Sampling(max_new_tokens=max(len(text.encode()) for text in request.options) + 16, thinking=False)
     # 31 bits of seed are taken everywhere. top_k -1 is "off": vLLM would take generation_config.json's value instead.
     body = {
         "seed": request.seed % 2**31,

@@ -298,7 +298,7 @@ def test_the_key_is_sent_and_appears_nowhere(start, caplog, tmp_path, splits, mo
         Handler, "do_GET", lambda self: keys.append(self.headers["Authorization"]) or self.send(200, server.models)
     )
     server.faults.extend(["500", "garbage", "429"])
-    engine = OpenAIEngine("toy", server.url, retries=1)
+    engine = OpenAIEngine("toy", server.url, retries=3)
     play(tmp_path, splits[1][:2], engine)
     shown = [caplog.text, repr(vars(engine)), *(path.read_bytes().decode("latin-1") for path in tmp_path.iterdir())]
     for server.broken in ("400", "403", "500", "garbage", "404"):
