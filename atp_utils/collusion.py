@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from atp_utils import files, resolve, shown
+from atp_utils import files, resolve
 from atp_utils.decisions import Decision
 from atp_utils.engine import Message, derive_seed
 from atp_utils.evolve import Episode
@@ -112,11 +112,7 @@ def settle(colluding: Sequence[bool | None], threshold: int, payoffs: Sequence[f
 
 def read_games(path: str | Path = GAMES) -> list[Game]:
     """The games of a YAML file; raises ValueError naming the file and what is wrong in it."""
-    games = files.read_yaml(resolve(path), list[Game])
-    names = [game.name for game in games]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"{shown(path)}: expected games with distinct names, got {names}")
-    return games
+    return files.read_named(resolve(path), Game, "games")
 
 
 def make_instances(games: list[Game], *, instances: int = 50, seed: int = 0) -> list[Item]:

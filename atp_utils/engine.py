@@ -9,7 +9,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
 Message = dict[str, str]
@@ -101,6 +101,13 @@ def draw(logprobs: Sequence[float], seed: int) -> int:
         if point < total:
             return index
     return max(range(len(probabilities)), key=probabilities.__getitem__)
+
+
+def drawn(request: Request, outcome: Reply) -> Reply:
+    """``outcome`` with the option that ``request``'s own seed draws as its text; as it is without log-probabilities."""
+    if outcome.logprobs is None:
+        return outcome
+    return replace(outcome, text=request.options[draw(outcome.logprobs, request.seed)])
 
 
 def collapse(requests: Sequence[Request]) -> list[list[int]]:

@@ -83,6 +83,15 @@ def read_yaml(path: Path, kind: Any) -> Any:
         raise ValueError(f"{shown(path)}: {explain(error)}") from None
 
 
+def read_named(path: Path, model: type[Model], what: str) -> list[Model]:
+    """Entries of a YAML list, each with a ``name`` of its own; ``what`` they are is said in the ValueError."""
+    entries = read_yaml(path, list[model])
+    names = [entry.name for entry in entries]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{shown(path)}: expected {what} with distinct names, got {names}")
+    return entries
+
+
 def explain(error: ValidationError) -> str:
     """One line for a pydantic error: where, what was wrong, and what stood there."""
     parts = []

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,7 +30,7 @@ import openai
 import tenacity
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from atp_utils.engine import Reply, Request, Sampling, collapse, draw
+from atp_utils.engine import Reply, Request, Sampling, collapse, drawn
 
 WAIT = tenacity.wait_random_exponential(multiplier=0.5, max=30)
 # Not every server takes these; one that a server refuses by name is left out, if the request can do without it.
@@ -129,7 +129,7 @@ class OpenAIEngine:
                     groups.extendleft([index] for index in reversed(group[1:]))
                     group = group[:1]
                 for index in group:
-                    yield index, _drawn(requests[index], outcome)
+                    yield index, drawn(requests[index], outcome)
         finally:
             for future in running:
                 future.cancel()
@@ -400,9 +400,3 @@ def _first_token(tokens: Sequence[Any], options: Sequence[str]) -> tuple[float, 
         if sum(own) > NEGLIGIBLE:
             return None
     return None
-
-
-def _drawn(request: Request, outcome: Reply) -> Reply:
-    if outcome.logprobs is None:
-        return outcome
-    return replace(outcome, text=request.options[draw(outcome.logprobs, request.seed)])

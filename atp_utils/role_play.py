@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from atp_utils import files, resolve, shown
+from atp_utils import files, resolve
 from atp_utils.decisions import Decision
 from atp_utils.engine import Message, derive_seed
 from atp_utils.evolve import Episode
@@ -95,11 +95,7 @@ class Item(BaseModel):
 
 def read_environments(path: str | Path = ENVIRONMENTS) -> list[Environment]:
     """The environments of a YAML file; raises ValueError naming the file and what is wrong in it."""
-    environments = files.read_yaml(resolve(path), list[Environment])
-    names = [environment.name for environment in environments]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"{shown(path)}: expected environments with distinct names, got {names}")
-    return environments
+    return files.read_named(resolve(path), Environment, "environments")
 
 
 def make_items(

@@ -23,7 +23,7 @@ from transformers.generation.logits_process import (
 )
 
 from atp_utils import models
-from atp_utils.engine import Reply, Request, Sampling, collapse, draw
+from atp_utils.engine import Reply, Request, Sampling, collapse, drawn
 
 
 @dataclass
@@ -99,7 +99,7 @@ class TransformersEngine:
             for i, outcome in zip(batch, outcomes, strict=True):
                 rows[i].kept = None
                 for index in groups[i]:
-                    yield index, _drawn(requests[index], outcome) if forced else outcome
+                    yield index, drawn(requests[index], outcome)
 
     def _batches(self, order: list[int], rows: list[_Row]) -> Iterator[list[int]]:
         batch: list[int] = []
@@ -297,11 +297,6 @@ def _processors(sampling: Sampling, seeds: Sequence[int]) -> LogitsProcessorList
         processors.append(TopPLogitsWarper(sampling.top_p))
     processors.append(_Gumbel(seeds))
     return processors
-
-
-def _drawn(request: Request, outcome: Reply) -> Reply:
-    text = request.options[draw(outcome.logprobs, request.seed)]
-    return Reply(**(vars(outcome) | {"text": text}))
 
 
 def _chat_key(messages: Sequence) -> str:
