@@ -13,14 +13,16 @@ SETTINGS = read_profile(PROFILE)
 RUN = f"runs/{Path(PROFILE).stem}"
 # Hub ids hold a slash, file names can't.
 MODELS = {name.replace("/", "--"): name for name in SETTINGS.models}
-EVOLVE = {"role_play": "04_evolve_role_play", "collusion": "06_evolve_collusion"}
+EVOLVE = {"role_play": "04_evolve_role_play", "tool_use": "05_evolve_tool_use", "collusion": "06_evolve_collusion"}
 # What an evolution reads: prompts that were written, or a grid that it makes itself.
-PROMPTS = {"role_play": f"{RUN}/data/role_play/test.jsonl", "collusion": "data/environments/collusion.yaml"}
+PROMPTS = {name: f"{RUN}/data/{name}/test.jsonl" for name in ("role_play", "tool_use")}
+PROMPTS |= {"collusion": "data/environments/collusion.yaml"}
 MODULES = {
-    "data": ["files", "role_play", "collusion"],
+    "data": ["files", "role_play", "collusion", "tool_items", "problems", "problem_families", "problem_templates"],
+    "tool_use": ["answers", "sandbox", "tool_calls", "tool_items"],
     "align": ["align", "models", "protocol", "engine"],
     "evolve": ["decisions", "engine", "evolve", "journal", "models", "protocol", "transformers_engine"],
-    "figures": ["plots", "stats", "tables", "tipping"],
+    "figures": ["plots", "stats", "tables", "tipping", "tool_tables"],
 }
 
 
@@ -64,6 +66,8 @@ rule data:
         f"{RUN}/data/role_play/train.jsonl",
         f"{RUN}/data/role_play/test.jsonl",
         f"{RUN}/data/collusion/train.jsonl",
+        f"{RUN}/data/tool_use/train.jsonl",
+        f"{RUN}/data/tool_use/test.jsonl",
     params:
         settings=SETTINGS.parameters("01_generate_data"),
     log:
@@ -79,6 +83,7 @@ rule align:
         lambda w: f"notebooks/{'02_align_dpo' if w.method == 'dpo' else '03_align_grpo'}.ipynb",
         f"{RUN}/data/{{scenario}}/train.jsonl",
         "atp_utils/{scenario}.py",
+        lambda w: [*modules("tool_use"), "atp_utils/tool_pairs.py"] if w.scenario == "tool_use" else [],
         modules("align"),
     output:
         f"{RUN}/adapters/{{scenario}}/{{model}}/{{method}}/manifest.json",
@@ -104,6 +109,7 @@ rule evolve:
         lambda w: f"notebooks/{EVOLVE[w.scenario]}.ipynb",
         lambda w: PROMPTS[w.scenario],
         "atp_utils/{scenario}.py",
+        lambda w: modules("tool_use") if w.scenario == "tool_use" else [],
         adapter_manifest,
         modules("evolve"),
     output:
@@ -112,7 +118,7 @@ rule evolve:
         name=lambda w: MODELS[w.model],
         settings=lambda w: SETTINGS.parameters(EVOLVE[w.scenario], None, MODELS[w.model]),
         adapter=adapter,
-        data=lambda w: f"-p data {RUN}/data" if w.scenario == "role_play" else "",
+        data=lambda w: f"-p data {RUN}/data" if w.scenario != "collusion" else "",
         out=f"{RUN}/evolution/{{scenario}}/{{model}}/{{arm}}",
     message:
         "evolve: {wildcards.scenario}, {params.name}, {wildcards.arm}"

@@ -36,6 +36,7 @@ CURVES = {
     "rewards/margins": "margin",
     "rewards/accuracies": "accuracy",
     "reward": "reward",
+    "score": "score",
     "kl": "kl",
     "frac_reward_zero_std": "dead_groups",
 }
@@ -172,8 +173,13 @@ def train_dpo(model: str, rows: list[dict], out: Path, training: Training) -> pd
     return _train("dpo", model, rows, out, training, build)
 
 
-def train_grpo(model: str, rows: list[dict], out: Path, training: Training) -> pd.DataFrame:
-    """Train a LoRA adapter by GRPO into ``out``; returns the training log (see `_train`)."""
+def train_grpo(
+    model: str, rows: list[dict], out: Path, training: Training, rewards: Callable[..., list[float]] = _rewards
+) -> pd.DataFrame:
+    """Train a LoRA adapter by GRPO into ``out``; returns the training log (see `_train`).
+
+    ``rewards`` is TRL's reward function: it gets the columns of ``rows`` and the completions.
+    """
 
     def build() -> GRPOTrainer:
         arguments = GRPOConfig(
@@ -185,7 +191,7 @@ def train_grpo(model: str, rows: list[dict], out: Path, training: Training) -> p
             # TRL's defaults are a later variant without KL; these are the method of the paper's reference.
             loss_type="grpo",
         )
-        return GRPOTrainer(**_parts(model, rows, training), args=arguments, reward_funcs=_rewards)
+        return GRPOTrainer(**_parts(model, rows, training), args=arguments, reward_funcs=rewards)
 
     return _train("grpo", model, rows, out, training, build)
 

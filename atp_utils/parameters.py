@@ -20,7 +20,7 @@ from atp_utils.collusion import Visibility
 NOTEBOOKS = Path("notebooks")
 PROFILES = Path("profiles")
 
-Scenario = Literal["role_play", "collusion"]
+Scenario = Literal["role_play", "tool_use", "collusion"]
 Arm = Literal["base", "dpo", "grpo"]
 Natural = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[int, Field(ge=1, strict=True)]
@@ -45,12 +45,24 @@ TYPES: dict[str, Any] = {
     "train_per_environment": Even,
     "test_per_environment": Even,
     "instances_per_game": Even,
+    "simple_problems": Positive,
+    "complex_problems": Positive,
+    "simple_test": Positive,
+    "complex_test": Positive,
+    "problem_source": Text,
     "rounds": Positive,
     "agents": Annotated[int, Field(ge=2, le=1000, strict=True)],
     "thresholds": Annotated[list[Positive], Field(min_length=1)],
     "payoffs": Annotated[list[Annotated[list[float], Field(min_length=3, max_length=3)]], Field(min_length=1)],
     "visibility": Visibility,
     "fixed_colluders": Natural,
+    "agents_per_seed": Positive,
+    "simple_per_round": Positive,
+    "complex_per_round": Positive,
+    "tool_cost": Rate,
+    "direct_cost": Rate,
+    "max_calls": Positive,
+    "tool_seconds": Annotated[float, Number, Field(ge=0.01, le=3600)],
     "items": Natural,
     "protocol": Literal["choose", "reason"],
     "max_attempts": Positive,
@@ -59,7 +71,9 @@ TYPES: dict[str, Any] = {
     "top_p": Annotated[float, Number, Field(gt=0, le=1)],
     "top_k": Natural,
     "thinking": bool,
-    "pairs": Literal["answers", "elicited"],
+    "pairs": Literal["answers", "elicited", "solutions"],
+    "samples_per_problem": Positive,
+    "max_pairs": Positive,
     "learning_rate": Rate,
     "epochs": Rate,
     "max_steps": Natural,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from atp_utils import journal, resolve, shown, stats, tables
+from atp_utils import journal, resolve, shown, stats, tables, tool_tables
 
 
 def report(run: Path) -> str:
@@ -19,6 +19,10 @@ def report(run: Path) -> str:
     if len(role_play):
         parts += ["Role-play: rule violations by round, % [95 % interval]", _text(stats.rate_table(role_play))]
         parts += ["Last round minus first, percentage points", tables.drift(role_play).to_string()]
+    problems = decisions[decisions["scenario"] == "tool_use"]
+    if len(problems):
+        parts += ["Tool use by round: % [95 % interval], costs in units", tool_tables.table2(problems).to_string()]
+        parts += ["Last round minus first, percentage points", tool_tables.drift_columns(problems).to_string()]
     games = decisions[decisions["scenario"] == "collusion"]
     if len(games):
         keys = ("model", "arm", "threshold")

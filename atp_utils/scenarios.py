@@ -3,9 +3,9 @@
 from pathlib import Path
 from types import ModuleType
 
-from atp_utils import collusion, files, resolve, role_play
+from atp_utils import collusion, files, resolve, role_play, tool_use
 
-SCENARIOS: dict[str, ModuleType] = {"role_play": role_play, "collusion": collusion}
+SCENARIOS: dict[str, ModuleType] = {"role_play": role_play, "tool_use": tool_use, "collusion": collusion}
 
 
 def read_items(scenario: str, split: str, data: str | Path) -> list:

@@ -33,14 +33,15 @@ def finished(embedded):
 @pytest.mark.timeout(1200)
 def test_every_arm_is_run_and_recorded(finished):
     decisions = journal.read_decisions(RUN / "evolution")
-    # 4 items x 2 rounds; 7 games x 2 thresholds x 2 agents x 2 rounds.
+    # 4 items x 2 rounds; 7 games x 2 thresholds x 2 agents x 2 rounds; (1 simple + 2 complex problems) x 2 rounds.
     counts = decisions.groupby(["scenario", "arm"]).size().unstack("scenario")
     assert set(counts.index) == {"base", "dpo", "grpo"}
-    assert set(counts["role_play"]) == {8} and set(counts["collusion"]) == {56}
-    assert decisions["valid"].all() and decisions["p_deviate"].between(0, 1).all()
+    assert set(counts["role_play"]) == {8} and set(counts["collusion"]) == {56} and set(counts["tool_use"]) == {6}
+    assert decisions["valid"].all() and decisions["p_deviate"].dropna().between(0, 1).all()
     test_items = {line.split('"')[3] for line in (RUN / "data/role_play/test.jsonl").read_text().splitlines()}
     assert set(decisions.loc[decisions["scenario"] == "role_play", "item"]) <= test_items
-    drawn = ("role_play_smollm2-135m", "collusion_smollm2-135m", "recollusion_smollm2-135m", "case_study")
+    scenarios = ("role_play", "tool_use", "collusion", "recollusion")
+    drawn = [f"{name}_smollm2-135m" for name in scenarios] + ["case_study"]
     for name in (f"{stem}.{kind}" for stem in drawn for kind in ("png", "svg")):
         assert (RUN / "figures" / name).stat().st_size > 500
 
