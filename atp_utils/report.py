@@ -46,10 +46,15 @@ def readme_tables(decisions: pd.DataFrame) -> dict[str, str]:
     inner = [f"r={number}" for number in sorted(role_play["round"].unique())[1:-1]]
     paper = tables.paper_table1().pivot(index=["model", "arm"], columns="round", values="rate").mul(100).round(1)
     paper.columns = [f"r={number}" for number in paper.columns]
+    problems = tool_tables.table2(decisions).droplevel("model")
+    shown_rows = problems.index.get_level_values("measure").isin(tool_tables.MAIN)
     collusion = stats.rate_table(games, by=("arm", "threshold", "round"))
     return {
         "role-play": _markdown(rates.drop(columns=inner).droplevel("model")),
         "role-play, paper": _markdown(paper),
+        "tool use": _markdown(problems[shown_rows]),
+        "tool use, drift": _markdown(tool_tables.drift_columns(decisions).droplevel("model")),
+        "tool use, paper": _markdown(tool_tables.paper_columns()),
         "collusion": _markdown(stats.round_columns(collusion, ("arm", "threshold"))),
         "effect": _markdown(tables.effect(games).droplevel("model")),
     }

@@ -16,6 +16,8 @@ from atp_utils.journal import DECISIONS, MANIFEST
 PAPER = Path("data/paper/table2_tool_use.csv")
 GRID = 24  # every published accuracy is a multiple of 1/24, rounded to a whole per cent
 KEYS = ("model", "arm", "round")
+# The rows of `table2` that answer the paper's question.
+MAIN = ("tool usage, complex", "P(tool), complex", "accuracy, complex", "accuracy, simple")
 MEASURES = {
     "tool usage": "used",
     "P(tool)": "p_tool",
@@ -33,6 +35,15 @@ def paper_table2() -> pd.DataFrame:
     table = pd.read_csv(resolve(PAPER)).rename(columns={"method": "arm"})
     usage, accuracy = table.pop("tool_usage_pct"), table.pop("complex_accuracy_pct")
     return table.assign(usage=usage / 100, accuracy=accuracy / 100, solved=(accuracy * GRID / 100).round().astype(int))
+
+
+def paper_columns() -> pd.DataFrame:
+    """The published Table 2 in the form of `table2`, in percent."""
+    names = {"usage": "tool usage, complex", "accuracy": "accuracy, complex"}
+    tidy = paper_table2().rename(columns=names).melt(KEYS, names.values(), var_name="measure", value_name="percent")
+    tidy["round"] = "r=" + tidy["round"].astype(str)
+    wide = tidy.pivot(index=["model", "arm", "measure"], columns="round", values="percent")
+    return (100 * wide).round(1).rename_axis(columns=None)
 
 
 def on_grid(percent: float, cells: int = GRID) -> bool:

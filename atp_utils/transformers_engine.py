@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import Cache, LogitsProcessorList
 from transformers.generation.logits_process import (
     LogitsProcessor,
     TemperatureLogitsWarper,
@@ -24,6 +24,7 @@ from transformers.generation.logits_process import (
 
 from atp_utils import models
 from atp_utils.engine import Reply, Request, Sampling, collapse, drawn
+from atp_utils.kv_cache import growing_cache
 
 
 @dataclass
@@ -139,7 +140,7 @@ class TransformersEngine:
                 return found[1][..., :length, :] if length else None
         return None
 
-    def _keep(self, row: _Row, ids: list[int], cache: DynamicCache, place: int, slots: torch.Tensor) -> None:
+    def _keep(self, row: _Row, ids: list[int], cache: Cache, place: int, slots: torch.Tensor) -> None:
         if self.cache_bytes <= 0:
             return
         layers = [torch.stack((layer.keys[place], layer.values[place])) for layer in cache.layers]
@@ -152,7 +153,7 @@ class TransformersEngine:
         while self._kept_bytes > self.cache_bytes:
             self._kept_bytes -= self._kept.popitem(last=False)[1][1].nbytes
 
-    def _assemble(self, rows: list[_Row]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+    def _assemble(self, rows: list[_Row]) -> tuple[torch.Tensor, torch.Tensor, Cache]:
         """Ids and mask [rows, prefix + new tokens], and a cache holding the prefixes, all left-padded."""
         prefix = max(row.length for row in rows)
         fresh = max(len(row.ids) - row.length for row in rows)
@@ -163,7 +164,7 @@ class TransformersEngine:
             for part, end in ((old, prefix), (new, prefix + fresh)):
                 ids[place, end - len(part) : end] = torch.tensor(part, dtype=ids.dtype)
                 mask[place, end - len(part) : end] = 1
-        cache = DynamicCache(config=self.model.config)
+        cache = growing_cache()
         if prefix:
             sample = next(row.kept for row in rows if row.kept is not None)
             for layer in range(sample.shape[0]):
@@ -212,7 +213,7 @@ class TransformersEngine:
         ]
 
     def _score_tails(
-        self, tails: list[list[int]], after: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+        self, tails: list[list[int]], after: torch.Tensor, mask: torch.Tensor, cache: Cache
     ) -> list[float]:
         """log P(tail | what the cache holds) of one option for every row; the cache is left as it was.
 
