@@ -20,7 +20,8 @@ def cluster_interval(
 
     ``totals[i]`` and ``counts[i]`` belong to cluster i. Where every cluster of a ``proportion`` has the rate 0, or
     every one 1, resampling can't vary; there the exact (Clopper-Pearson) interval with clusters as trials is
-    given. Fewer than two clusters with data have no interval: (nan, nan).
+    given. Fewer than two clusters with data, or others than proportions that are all equal, have no interval:
+    (nan, nan).
     """
     totals, counts = np.asarray(totals, dtype=float), np.asarray(counts, dtype=float)
     totals, counts = totals[counts > 0], counts[counts > 0]
@@ -29,6 +30,8 @@ def cluster_interval(
     if proportion and (np.allclose(totals, 0) or np.allclose(totals, counts)):
         exact = binomtest(len(counts) if totals.any() else 0, len(counts)).proportion_ci()
         return float(exact.low), float(exact.high)
+    if np.ptp(totals / counts) == 0 and not proportion:
+        return float("nan"), float("nan")
     done = bootstrap(
         (totals, counts),
         lambda total, count, axis: total.sum(axis) / count.sum(axis),

@@ -57,6 +57,11 @@ def test_one_cluster_has_no_interval():
     assert all(math.isnan(end) for end in stats.cluster_interval([3, 0], [4, 0]))
 
 
+def test_equal_differences_have_no_interval():
+    # Every resample of sixteen zeros is zero; "[0, 0]" would claim to know what other environments do.
+    assert all(math.isnan(end) for end in stats.cluster_interval([0] * 16, [1] * 16, proportion=False))
+
+
 def test_drift_is_paired_by_environment():
     rows = [("a", 1, False), ("a", 2, True), ("b", 1, True), ("b", 2, True), ("a", 3, True), ("b", 3, True)]
     drift = stats.drift_table(frame(*rows)).iloc[0]
