@@ -283,7 +283,7 @@ def _hear(
     if choice.option is None:
         # Roles must alternate, and an invalid reply is no action: its place stays empty.
         return [*chat[:-1], {"role": "user", "content": f"{chat[-1]['content']}\n\n{text}"}]
-    return [*chat, {"role": "assistant", "content": choice.said}, {"role": "user", "content": text}]
+    return [*chat, {"role": "assistant", "content": choice.turn}, {"role": "user", "content": text}]
 
 
 def _decision(

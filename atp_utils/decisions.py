@@ -11,20 +11,25 @@ from typing import Any, get_args
 
 import pandas as pd
 
-_THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL | re.IGNORECASE)
+_THINKING = re.compile(r"</think>|<think>.*?(?:</think>|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 def split_thinking(text: str) -> tuple[str, str]:
     """``(thinking, answer)`` of a reply; an unclosed thinking block swallows the rest of the reply.
 
-    Some chat templates open the block in the prompt, so that the reply holds only its end.
+    All before a closing mark that closes nothing is thinking too: some chat templates open the block in the prompt, and
+    Qwen3's takes everything before the mark for thinking when the reply returns in a later prompt. Neither part has
+    marks.
     """
-    head, mark, tail = text.partition("</think>")
-    if mark and "<think>" not in head.lower():
-        thinking, answer = split_thinking(tail)
-        return head.strip() + thinking, answer
-    thinking = "".join(match.group() for match in _THINKING.finditer(text))
-    return re.sub(r"</?think>", "", thinking, flags=re.IGNORECASE).strip(), _THINKING.sub("", text).strip()
+    strays = [found.end() for found in _THINKING.finditer(text) if found.group().startswith("</")]
+    start = strays[-1] if strays else 0
+    thinking = text[:start] + "".join(_THINKING.findall(text[start:]))
+    return re.sub(r"</?think>", "", thinking, flags=re.IGNORECASE).strip(), _THINKING.sub("", text[start:]).strip()
+
+
+def ends_thinking(text: str) -> bool:
+    """Whether a reply ends inside a thinking block: it was cut off there, and whatever it said is no answer."""
+    return text.lower().rfind("<think>") > text.lower().rfind("</think>")
 
 
 def answer_json(option: str) -> str:
@@ -37,12 +42,14 @@ def parse_choice(text: str, options: Sequence[str]) -> str | None:
 
     An answer is a JSON object whose ``choice`` is one of ``options``; case and white space around words do
     not matter, nor does what stands around the object (prose, markdown fences). Text inside a thinking block
-    is no answer. Answers that contradict each other make the reply invalid: which of them was meant would be
-    our guess. Raises ValueError if two options cannot be told apart.
+    is no answer, and a reply that ends inside one has none. Answers that contradict each other make the reply
+    invalid: which of them was meant would be our guess. Raises ValueError if two options cannot be told apart.
     """
     names = {_plain(option): option for option in options}
     if len(names) < len(options):
         raise ValueError(f"options {list(options)} differ only in case or white space")
+    if ends_thinking(text):
+        return None
     _, answer = split_thinking(text)
     found = {names.get(_plain(value)) for value in _choices(answer)}
     return found.pop() if len(found) == 1 else None

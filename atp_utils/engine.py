@@ -10,14 +10,40 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 Message = dict[str, str]
+
+# The default of Llama 3.1's chat template. Later ones of the family take today's date unless one is given.
+DATE = "26 Jul 2024"
 
 
 def derive_seed(*keys: str | int) -> int:
     """A 63-bit seed from stable keys by SHA-256: independent of batch order, interpreter and machine."""
     return int.from_bytes(hashlib.sha256(json.dumps(keys).encode()).digest()[:8]) >> 1
+
+
+def render(tokenizer: Any, messages: Sequence[Message], thinking: bool = False) -> str:
+    """A chat as the text that the model continues, special tokens included: tokenise it without adding any.
+
+    Training, scoring and generation all see a chat through this function. The text doesn't depend on the day it is
+    rendered. Raises ValueError when ``thinking`` is off and the chat template opens a thinking block all the same: an
+    option would be scored as a thought.
+    """
+    text = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking, date_string=DATE
+    )
+    if not thinking and opens_thinking(text):
+        raise ValueError(
+            f"{tokenizer.name_or_path}: its chat template can't switch thinking off; "
+            "take protocol reason with thinking true, or another model"
+        )
+    return text
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Whether a rendered prompt ends in an open thinking block, so that the reply begins inside of it."""
+    return prompt.rstrip().endswith("<think>")
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,29 @@ Name = Literal["choose", "reason"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """Protocol ``name``, the attempts before a ``reason`` decision is invalid, and how text is sampled."""
+    """Protocol ``name``, the attempts before a ``reason`` decision is invalid, and how text is sampled.
+
+    ``keep_thinking``: whether an agent finds the thinking of its earlier replies in its chat; by default only the
+    answers.
+    """
 
     name: Name = "choose"
     max_attempts: int = 3
     sampling: Sampling = field(default_factory=Sampling)
+    keep_thinking: bool = False
 
     def __post_init__(self):
         if self.name not in get_args(Name):
             raise ValueError(f"protocol must be one of {', '.join(get_args(Name))}, got {self.name!r}")
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts must be at least 1, got {self.max_attempts}")
+
+    def turn(self, thinking: str, said: str) -> str:
+        """A reply as its author's own earlier message.
+
+        Kept thinking stands there as plain words: chat templates such as Qwen3's delete it where it is marked.
+        """
+        return f"{thinking}\n\n{said}" if self.keep_thinking and thinking else said
 
     def instruction(self, options: Sequence[str]) -> str:
         """The end of a prompt: in which form to answer, the options in the order in which they were named."""
@@ -49,10 +61,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Choice:
-    """What came of a question. ``option`` is None when invalid; ``said`` is what enters the chat's history."""
+    """What came of a question. ``option`` is None when invalid.
+
+    ``said`` is the reply without its thinking, ``turn`` what enters the agent's own chat (`Protocol.turn`).
+    """
 
     option: str | None
     said: str
+    turn: str
     probabilities: tuple[float, ...] | None
     attempts: int
     prompt_tokens: int
@@ -70,7 +86,7 @@ def decide(questions: Sequence[Question], protocol: Protocol) -> Generator[list[
     for attempt in range(1 if protocol.name == "choose" else protocol.max_attempts):
         replies = yield [_request(questions[number], protocol, attempt) for number in pending]
         for number, reply in zip(pending, replies, strict=True):
-            choices[number] = _choice(questions[number], reply, choices.get(number))
+            choices[number] = _choice(questions[number], reply, protocol, choices.get(number))
         pending = [number for number in pending if choices[number].option is None]
         if not pending:
             break
@@ -89,10 +105,12 @@ def _request(question: Question, protocol: Protocol, attempt: int) -> Request:
     )
 
 
-def _choice(question: Question, reply, before: Choice | None) -> Choice:
+def _choice(question: Question, reply, protocol: Protocol, before: Choice | None) -> Choice:
+    thinking, said = split_thinking(reply.text)
     return Choice(
         option=parse_choice(reply.text, question.options),
-        said=split_thinking(reply.text)[1],
+        said=said,
+        turn=protocol.turn(thinking, said),
         probabilities=None if reply.logprobs is None else tuple(normalise(reply.logprobs)),
         attempts=1 + (before.attempts if before else 0),
         prompt_tokens=reply.prompt_tokens + (before.prompt_tokens if before else 0),

@@ -229,7 +229,7 @@ def _episode(item: Item, rounds: int, seed: int, protocol: Protocol) -> Episode:
             earned += item.payoff(choice.option)
             history = [
                 *history,
-                {"role": "assistant", "content": choice.said},
+                {"role": "assistant", "content": choice.turn},
                 {"role": "user", "content": _next_question(item, choice.option, earned, protocol)},
             ]
         decisions.append(_decision(item, number, seed, choice, earned))

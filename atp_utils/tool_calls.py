@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 
 from atp_utils.answers import boxed, extract_answer, parse_number, visible
-from atp_utils.decisions import split_thinking
+from atp_utils.decisions import ends_thinking, split_thinking
 from atp_utils.engine import Reply, Request
 from atp_utils.journal import Journal
 from atp_utils.sandbox import ToolResult
@@ -86,11 +86,11 @@ def _encodable(text: str) -> str:
 
 
 def read_answer(reply: str, cut: bool) -> Fraction | None:
-    r"""The number that a reply marks as its answer (`extract_answer`), or None.
+    r"""The number that a reply marks as its answer (`extract_answer`); None without one, or if it ends in thinking.
 
     A reply that the token limit ``cut`` off may end in half a number; of these only a closed ``\boxed{}`` counts.
     """
-    if cut and not any(box and box.strip() for box in boxed(visible(reply))):
+    if ends_thinking(reply) or cut and not any(box and box.strip() for box in boxed(visible(reply))):
         return None
     return extract_answer(reply)
 

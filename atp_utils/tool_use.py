@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from atp_utils.answers import is_correct
-from atp_utils.decisions import Decision
+from atp_utils.decisions import Decision, split_thinking
 from atp_utils.engine import Message, Request, derive_seed
 from atp_utils.evolve import Answered, Episode
 from atp_utils.protocol import Protocol, Question, decide
@@ -188,7 +188,7 @@ def _choose(works: Sequence[Work], protocol: Protocol) -> Generator[list[Request
         if choice.probabilities:
             work.p_direct = choice.probabilities[work.item.options.index("direct")]
         if choice.option:
-            work.chat = _after(work.chat, choice.said, _assignment(choice.option))
+            work.chat = _after(work.chat, choice.turn, _assignment(choice.option))
 
 
 def _after(chat: Sequence[Message], said: str, told: str) -> list[Message]:
@@ -209,7 +209,7 @@ def _goes_on(work: Work, reply: Answered, desk: Desk) -> bool:
     work.answer = read_answer(reply.text, cut)
     if call.code is not None and work.policy != "direct" and work.calls < desk.setting.max_calls:
         _note(work, call, [], reply.text, desk.tally)
-        _run(work, call, desk)
+        _run(work, call, split_thinking(reply.text)[0], desk)
         return True
     undecided = work.policy is None and call.code is None and work.answer is None and bool(call.faults or cut)
     _note(work, call, _events(work, call, cut, undecided), reply.text, desk.tally)
@@ -238,7 +238,7 @@ def _note(work: Work, call: Call, events: Sequence[str], text: str, tally: Tally
         tally.note(work.item.kind, event, text)
 
 
-def _run(work: Work, call: Call, desk: Desk) -> None:
+def _run(work: Work, call: Call, thinking: str, desk: Desk) -> None:
     """Run a call and put its result into the chat; only now a freely written reply has decided for the tool."""
     work.policy = "tool"
     work.calls += 1
@@ -246,7 +246,8 @@ def _run(work: Work, call: Call, desk: Desk) -> None:
     desk.tally.note(work.item.kind, f"tool: {result.status}", call.code)
     if not result.output.strip() and result.status == "ok":
         desk.tally.note(work.item.kind, "tool: printed nothing", call.code)
-    work.chat = _after(work.chat, call.said, f"{result_message(result)}\n{MARK}")
+    said = desk.protocol.turn(thinking, call.said)
+    work.chat = _after(work.chat, said, f"{result_message(result)}\n{MARK}")
 
 
 def _decision(work: Work, number: int, seed: int, agent: int, setting: Setting, before: float) -> Decision:

@@ -23,15 +23,19 @@ from transformers.generation.logits_process import (
 )
 
 from atp_utils import models
-from atp_utils.engine import Reply, Request, Sampling, collapse, drawn
+from atp_utils.engine import Reply, Request, Sampling, collapse, drawn, opens_thinking, render
 from atp_utils.kv_cache import growing_cache
 
 
 @dataclass
 class _Row:
-    """A chat in work: token ids, the part of an option's answer that all options share, its kept prefix."""
+    """A chat in work: token ids, the part of an option's answer that all options share, its kept prefix.
+
+    ``opening`` is the mark of thinking that the prompt ends with and the reply therefore lacks, as a rule "".
+    """
 
     request: Request
+    opening: str
     ids: list[int]
     tails: list[list[int]]
     shared: int
@@ -116,17 +120,14 @@ class TransformersEngine:
             yield batch
 
     def _row(self, request: Request) -> _Row:
-        prompt = self.tokenizer.apply_chat_template(
-            list(request.messages),
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=request.sampling.thinking and not request.options,
-        )
+        prompt = render(self.tokenizer, request.messages, request.sampling.thinking and not request.options)
+        opening = "<think>" if opens_thinking(prompt) else ""
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         options = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in request.options]
         shared = _common_prefix(options) if options else 0
         ids = ids + (options[0][:shared] if options else [])
-        return _Row(request, ids, [option[shared:] for option in options], shared, self._prefix(request, ids, shared))
+        tails = [option[shared:] for option in options]
+        return _Row(request, opening, ids, tails, shared, self._prefix(request, ids, shared))
 
     def _prefix(self, request: Request, ids: list[int], shared: int) -> torch.Tensor | None:
         """Keys and values [layers, 2, heads, tokens, width] of the longest kept beginning of ``ids``."""
@@ -255,7 +256,8 @@ class TransformersEngine:
         for place, row in enumerate(rows):
             new = out[place, ids.shape[1] :].tolist()
             end = next((i for i, token in enumerate(new) if token in self._stop_ids()), None)
-            text = self.tokenizer.decode(new[:end], skip_special_tokens=True)
+            # A reply that is cut off in a block that the prompt opened would otherwise pass for an answer.
+            text = row.opening + self.tokenizer.decode(new[:end], skip_special_tokens=True)
             count = len(new) if end is None else end + 1
             replies.append(Reply(text, len(row.ids), count, "length" if end is None else "stop"))
             self.forward_tokens += count

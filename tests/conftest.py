@@ -1,4 +1,5 @@
 import pytest
+import tiny_models
 
 from atp_utils import models, role_play
 from atp_utils.engine import Request
@@ -24,6 +25,13 @@ def item(splits):
 def embedded():
     models.prepare_embedded()
     return models.EMBEDDED
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder of a tiny random model of each of the paper's families."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return {family: str(tiny_models.build(family, folder / family)) for family in tiny_models.FAMILIES}
 
 
 @pytest.fixture
