@@ -46,6 +46,11 @@ def opens_thinking(prompt: str) -> bool:
     return prompt.rstrip().endswith("<think>")
 
 
+def encodable(text: str) -> str:
+    """``text`` with ``?`` for lone surrogates, which a server's JSON or a tool's output may hold and no file can."""
+    return text.encode("utf-8", "replace").decode()
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How free text is drawn: at most ``max_new_tokens`` tokens; ``top_k`` 0 and ``top_p`` 1 switch these off."""
@@ -87,7 +92,8 @@ class Request:
     def digest(self, identity: str) -> str:
         """Content address of the reply in the journal (hex, 32 characters)."""
         text = "\n".join([identity, self.key, str(self.seed), self.content()])
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        # A reply in the history may hold a lone surrogate, which a server's JSON can spell and UTF-8 can't.
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fractions import Fraction
 
 from atp_utils.answers import boxed, extract_answer, parse_number, visible
 from atp_utils.decisions import ends_thinking, split_thinking
-from atp_utils.engine import Reply, Request
+from atp_utils.engine import Reply, Request, encodable
 from atp_utils.journal import Journal
 from atp_utils.sandbox import ToolResult
 
@@ -42,7 +42,7 @@ class Call:
 
 def read_call(reply: str) -> Call:
     """The tool call of a reply, if it makes one; tags inside its thinking are none. Linear; never raises on text."""
-    text = split_thinking(_encodable(reply))[1]
+    text = split_thinking(encodable(reply))[1]
     blocks, faults = _blocks(text)
     if len(blocks) > 1:
         faults.append("several calls")
@@ -80,11 +80,6 @@ def _code(block: str) -> str:
     return textwrap.dedent(fence[1] if fence else block).strip()
 
 
-def _encodable(text: str) -> str:
-    """``text`` without lone surrogates, which a server's JSON or the tool's output may hold and no file can."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def read_answer(reply: str, cut: bool) -> Fraction | None:
     r"""The number that a reply marks as its answer (`extract_answer`); None without one, or if it ends in thinking.
 
@@ -103,12 +98,12 @@ def printed_answer(result: ToolResult) -> Fraction | None:
 
 def result_message(result: ToolResult) -> str:
     """What the model is told of its call: the output, cut at `MAX_SHOWN` characters, and why it failed if it did."""
-    output = _encodable(result.output).strip()
+    output = encodable(result.output).strip()
     if len(output) > MAX_SHOWN:
         output = f"{output[:MAX_SHOWN]}\n[{len(output) - MAX_SHOWN} more characters]"
     lines = [f"The tool printed:\n{output}" if output else "The tool printed nothing."]
     if result.status != "ok":
-        lines.append(f"It failed ({result.status}): {_encodable(result.error)[:MAX_EXAMPLE]}")
+        lines.append(f"It failed ({result.status}): {encodable(result.error)[:MAX_EXAMPLE]}")
     return "\n".join(lines)
 
 

@@ -58,6 +58,16 @@ def test_digest_covers_everything_that_a_reply_depends_on():
     assert len(digests) == len(others) + 2
 
 
+def test_digests_of_recorded_runs_stay_and_lone_surrogates_have_one():
+    # sha256sum of 'model\nk\n1\n{"messages": [{"role": "user", "content": "ü?"}], "options": ["a", "b"]}'.
+    asked = Request("k", [{"role": "user", "content": "ü?"}], 1, ("a", "b"))
+    assert asked.digest("model") == "7c9ed03ed17f2b599a162ebe7a10a9c8"
+    broken = {
+        Request("k", [{"role": "user", "content": text}], 1).digest("model") for text in ("\ud83d", "\udc00", "?")
+    }
+    assert len(broken) == 3
+
+
 @pytest.mark.parametrize(
     "wrong", [{"max_new_tokens": 0}, {"temperature": -1}, {"temperature": math.nan}, {"top_p": 0}, {"top_k": -1}]
 )
