@@ -28,7 +28,7 @@ from atp_utils import ROOT, files, shown
 from atp_utils.engine import Reply, Request
 
 REPLIES, DECISIONS, MANIFEST = "replies.jsonl", "decisions.parquet", "manifest.json"
-PACKAGES = ("torch", "transformers", "trl", "peft", "pandas", "pydantic")
+PACKAGES = ("torch", "transformers", "trl", "peft", "openai", "pandas", "pydantic")
 
 
 class Journal:

@@ -13,8 +13,6 @@ A forced choice is answered in the best of three ways that the servers offer; ``
 - ``sampled:<reason>``: the text of that chat. There are no probabilities, and text that is no option is invalid.
 """
 
-import json
-import math
 import os
 import re
 from collections import deque
@@ -24,23 +22,17 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
-from urllib.parse import urlsplit
 
 import openai
 import tenacity
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from atp_utils.engine import Reply, Request, Sampling, collapse, drawn
+from atp_utils import openai_wire as wire
+from atp_utils.engine import Reply, Request, collapse, drawn
 
 WAIT = tenacity.wait_random_exponential(multiplier=0.5, max=30)
-# Not every server takes these; one that a server refuses by name is left out, if the request can do without it.
-OPTIONAL = {"top_k", "generation_config", "chat_template_kwargs", "response_format", "logprobs", "top_logprobs"}
 NO_SCORING = {400, 404, 405, 415, 422, 501}
 PROBE = Request("probe", ({"role": "user", "content": "Yes or no?"},), 0, ("Yes", "No"))
-# Probability that other ways of writing the options may have before the first token counts as ambiguous.
-NEGLIGIBLE = 1e-3
-# What accessing a field of garbage raises; the client's types are built without validation.
-MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 class Unusable(ConnectionError):
@@ -58,11 +50,12 @@ class _Server:
 class OpenAIEngine:
     """Answers `Request`s with ``model`` on the servers at ``urls``, ``concurrency`` at a time over all of them.
 
-    The key is read from the environment variable ``key_variable`` whenever it is needed. ``timeout`` is in seconds
-    without a byte from the server. The servers are asked at once what they serve, which costs no token: raises
-    ValueError for a wrong address or another model, PermissionError for a refused key, ConnectionError for a server
-    that can't be reached. With the ``identity`` of an earlier run they are asked only once a reply is needed, so
-    that a finished run is replayed without them. ``answered`` counts replies, ``retried`` repeated requests.
+    The key is read from the environment variable ``key_variable`` whenever it is needed; the default is for servers
+    without keys. ``timeout`` is in seconds without a byte from the server. The servers are asked at once what they
+    serve, which costs no token: raises ValueError for a wrong address or another model, PermissionError for a refused
+    or missing key, ConnectionError for a server that can't be reached. With the ``identity`` of an earlier run they
+    are asked only once a reply is needed, so that a finished run is replayed without them. ``answered`` counts
+    replies, ``retried`` repeated requests.
     """
 
     def __init__(
@@ -71,7 +64,7 @@ class OpenAIEngine:
         urls: str | Sequence[str],
         *,
         tokenizer: str | None = None,
-        key_variable: str = "OPENAI_API_KEY",
+        key_variable: str = "",
         concurrency: int = 32,
         timeout: float = 600.0,
         retries: int = 5,
@@ -81,7 +74,7 @@ class OpenAIEngine:
             raise ValueError(f"concurrency {concurrency}, retries {retries} or timeout {timeout} is out of range")
         self.model, self.tokenizer, self.key_variable = model, tokenizer, key_variable
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
-        self.urls = [_checked(url) for url in ([urls] if isinstance(urls, str) else urls)]
+        self.urls = [wire.checked_url(url) for url in ([urls] if isinstance(urls, str) else urls)]
         if not self.urls:
             raise ValueError("urls is empty: name at least one server, such as http://127.0.0.1:8000/v1")
         self.answered = self.retried = 0
@@ -97,7 +90,8 @@ class OpenAIEngine:
         error is raised: ConnectionError, PermissionError, or ValueError for what the servers refuse.
         """
         if not self._asked and (found := self._described()) != self.identity:
-            raise ValueError(f"the servers have {found!r}, the replies before came from {self.identity!r}")
+            before = f"the replies before came from {self.identity!r}: serve that again, or use another folder (out)"
+            raise ValueError(f"the servers have {found!r}, {before}")
         self._asked = True
         # A loop in a thread of its own, because Jupyter's is already running.
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(self._connected()) as servers:
@@ -181,15 +175,9 @@ class OpenAIEngine:
         )
         self.retried += raw.retries_taken
         try:
-            choices = sorted(raw.parse().choices, key=lambda choice: choice.index)
-            rows = [choice.logprobs.token_logprobs for choice in choices]
-            # llama.cpp takes the request, ignores `echo` and scores its new token alone: only the count tells.
-            whole = all(len(row) - len(ids) in (0, 1) for row, ids in zip(rows, sent, strict=True))
-            scores = tuple(sum(row[len(prompt) : len(ids)]) for row, ids in zip(rows, sent, strict=True))
-        except MALFORMED:
-            whole = False
-        if not whole or not all(map(math.isfinite, scores)):
-            raise Unusable(f"the options' tokens are not all scored: {self._redacted(raw.text, 80)!r}")
+            scores = wire.echoed_scores(raw.parse(), len(prompt), sent)
+        except wire.MALFORMED:
+            raise Unusable(f"the options' tokens are not all scored: {self._redacted(raw.text, 80)!r}") from None
         return Reply("", len(prompt), max(map(len, options)), "scored", scores)
 
     def _tokenised(self, request: Request) -> tuple[list[int], list[list[int]]]:
@@ -198,28 +186,28 @@ class OpenAIEngine:
 
         tokenizer = load_tokenizer(self.tokenizer)
         prompt = tokenizer.apply_chat_template(
-            list(request.messages), tokenize=False, add_generation_prompt=True, enable_thinking=False
+            wire.sendable(request.messages), tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, *request.options)]
         return ids[0], ids[1:]
 
     async def _chat(self, server: _Server, request: Request) -> Reply:
         while True:
-            body = _body(request, self._refused)
+            body = wire.chat_body(request, self._refused)
             try:
                 raw = await server.client.chat.completions.with_raw_response.create(
-                    model=self.model, messages=list(request.messages), extra_body=body
+                    model=self.model, messages=wire.sendable(request.messages), extra_body=body
                 )
                 break
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                named = {name for name in OPTIONAL & body.keys() if re.search(rf"\b{name}\b", error.response.text)}
+                named = {name for name in wire.OPTIONAL & body.keys() if re.search(rf"\b{name}\b", error.response.text)}
                 if not named:
                     raise
                 self._refused |= named
         self.retried += raw.retries_taken
         try:
-            return _reply(raw.parse(), request)
-        except MALFORMED:
+            return wire.chat_reply(raw.parse(), request)
+        except wire.MALFORMED:
             raise Unusable(f"no chat completion: {self._redacted(raw.text, 80)!r}") from None
 
     @asynccontextmanager
@@ -230,20 +218,25 @@ class OpenAIEngine:
             yield [_Server(url, client) for url, client in zip(self.urls, entered, strict=True)]
 
     def _settings(self) -> dict[str, Any]:
-        key = os.environ.get(self.key_variable, "").strip()
+        key = self._key()
+        if self.key_variable and not key:
+            raise PermissionError(f"the variable {self.key_variable} is not set: put the servers' key into it")
         if not (key.isascii() and key.isprintable()):
             raise ValueError(f"the environment variable {self.key_variable} holds characters that no key has")
         # A server without keys is sent a header that means nothing.
         timeout = openai.Timeout(self.timeout, connect=min(10, self.timeout))
         return {"api_key": key or "none", "timeout": timeout, "max_retries": self.retries}
 
+    def _key(self) -> str:
+        return os.environ.get(self.key_variable, "").strip()
+
     def _described(self) -> str:
         """The model and what all servers say of it; raises ValueError if they don't say the same."""
-        facts = {url: self._listed(url) for url in self.urls}
-        if len(set(facts.values())) > 1:
-            raise ValueError(f"the servers have different models by the name {self.model!r}: {facts}")
-        rendered = f"tokenizer={_name(self.tokenizer)}" if self.tokenizer else ""
-        return "|".join(filter(None, [_name(self.model), facts[self.urls[0]], rendered]))
+        told = {url: self._listed(url) for url in self.urls}
+        if len(set(told.values())) > 1:
+            raise ValueError(f"the servers have different models by the name {self.model!r}: {told}")
+        rendered = f"tokenizer={wire.short_name(self.tokenizer)}" if self.tokenizer else ""
+        return "|".join(filter(None, [wire.short_name(self.model), told[self.urls[0]], rendered]))
 
     def _listed(self, url: str) -> str:
         with openai.OpenAI(base_url=url, **self._settings()) as client:
@@ -254,18 +247,18 @@ class OpenAIEngine:
                 if not isinstance(error, openai.InternalServerError) or not _lists_its_cache(asking, url):
                     raise self._explained(url, error) from None
                 found = {}
-            except MALFORMED:
+            except wire.MALFORMED:
                 raise ValueError(f"{url} is no OpenAI-compatible server; an address ends in /v1 as a rule") from None
             if self.model not in found and found and not _lists_its_cache(asking, url):
                 raise ValueError(
-                    f"{url} serves {', '.join(map(repr, found))}, not {self.model!r}: name what it serves as the "
-                    "model, or start the server with the model that you want"
+                    f"{url} serves {', '.join(map(repr, found))}, not {self.model!r}: ask for one of these "
+                    "(in a notebook: served_name), or start the server with the model that you want"
                 )
-        return _facts(found[self.model]) if self.model in found else ""
+        return wire.facts(found[self.model]) if self.model in found else ""
 
     def _redacted(self, text: str, length: int) -> str:
         """The beginning of what a server said; it may have quoted the key."""
-        secret = os.environ.get(self.key_variable, "").strip()
+        secret = self._key()
         return (text.replace(secret, "***") if secret else text)[:length]
 
     def _explained(self, url: str, error: Exception, key: str = "") -> Exception:
@@ -278,8 +271,9 @@ class OpenAIEngine:
         if isinstance(error, Unusable):
             return Unusable(f"{url} sends what is no reply: {words}{kept}")
         if status in (401, 403):
-            state = "holds none of its keys" if os.environ.get(self.key_variable) else "is not set"
-            return PermissionError(f"{url} refuses the key: the variable {self.key_variable} {state}; set it{kept}")
+            if self.key_variable:
+                return PermissionError(f"{url} refuses the key that the variable {self.key_variable} holds{kept}")
+            return PermissionError(f"{url} wants a key: name its environment variable by key_variable{kept}")
         if status == 404 and not key:
             return ValueError(f"{url} lists no models (404): is the address right? It ends in /v1 as a rule")
         if status in (408, 409, 429) or status >= 500:
@@ -293,110 +287,10 @@ class OpenAIEngine:
         return ConnectionError(f"{url} {advice}{kept}")
 
 
-def _checked(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.username or parts.password or parts.query:
-        raise ValueError("a server's address holds a user, password or query: keys come from the environment alone")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url!r} is no server's address, such as http://127.0.0.1:8000/v1")
-    return url.rstrip("/")
-
-
-def _name(path: str) -> str:
-    """A model's name, or the end of its path: the folders above differ between equal servers."""
-    return "/".join(path.split("/")[-2:])
-
-
-def _facts(entry: Any) -> str:
-    """Weights, parent and size, as far as told; nothing that differs between equal servers, such as dates."""
-    told = entry.model_extra or {}
-    named = {name: _name(told[name]) for name in ("root", "parent") if told.get(name)}
-    sized = {name: told["meta"][name] for name in ("n_params", "size") if name in (told.get("meta") or {})}
-    return ",".join(f"{name}={value}" for name, value in (named | sized).items())
-
-
 def _lists_its_cache(client: openai.OpenAI, url: str) -> bool:
     """Whether this is `transformers serve`: it lists the hub's cache, not what it serves, or fails without one."""
     try:
         described = client.with_options(base_url=url.removesuffix("/v1")).get("/openapi.json", cast_to=object)
         return "/load_model" in described["paths"]
-    except (openai.APIError, *MALFORMED):
+    except (openai.APIError, *wire.MALFORMED):
         return False
-
-
-def _body(request: Request, refused: set[str]) -> dict[str, Any]:
-    """A chat request's fields besides model and messages; raises ValueError if it can't do without a refused one."""
-    sampling = request.sampling
-    if request.options:
-        sampling = Sampling(max_new_tokens=max(len(text.encode()) for text in request.options) + 16, thinking=False)
-    # 31 bits of seed are taken everywhere. top_k -1 is "off": vLLM would take generation_config.json's value instead.
-    body = {
-        "seed": request.seed % 2**31,
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k or -1,
-        "chat_template_kwargs": {"enable_thinking": sampling.thinking},
-    }
-    if request.options:
-        body |= {"logprobs": True, "top_logprobs": 20, **_constraint(request.options)}
-    if "top_k" in refused:
-        # `transformers serve` takes top_k only here, and is greedy at any temperature unless it is told to sample.
-        body["generation_config"] = json.dumps({"do_sample": sampling.temperature > 0, "top_k": sampling.top_k})
-    if sampling.top_k and {"top_k", "generation_config"} <= refused:
-        raise ValueError(f"the server takes no top_k (asked: {sampling.top_k}): set top_k to 0 or use another server")
-    if "chat_template_kwargs" in refused and not sampling.thinking and not request.options:
-        raise ValueError("the server can't switch thinking off: set thinking to true or use another server")
-    return {name: value for name, value in body.items() if name not in refused}
-
-
-def _constraint(options: Sequence[str]) -> dict[str, Any]:
-    """``response_format`` that allows the options alone, where these are JSON objects of one and the same key."""
-    try:
-        answers = [json.loads(option) for option in options]
-        [key] = {name for answer in answers for name in answer}
-        fields = {"properties": {key: {"enum": [answer[key] for answer in answers]}}, "required": [key]}
-    except MALFORMED:
-        return {}
-    schema = {"type": "object", "additionalProperties": False, **fields}
-    named = {"name": "answer", "strict": True, "schema": schema}
-    return {"response_format": {"type": "json_schema", "json_schema": named}}
-
-
-def _reply(chat: Any, request: Request) -> Reply:
-    """The reply of a chat completion, thinking in front as `split_thinking` separates it; raises one of MALFORMED."""
-    turn, usage = chat.choices[0], chat.usage
-    told = turn.message.model_extra
-    thought = re.sub("</?think>", "", told.get("reasoning_content") or told.get("reasoning") or "").strip()
-    text = (f"<think>{thought}</think>" if thought else "") + (turn.message.content or "")
-    if not turn.finish_reason or turn.finish_reason in ("abort", "error"):
-        raise ValueError("the server gave up in the middle")
-    counts = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
-    if not request.options:
-        return Reply(text, *counts, turn.finish_reason)
-    try:
-        logprobs = _first_token(turn.logprobs.content, request.options)
-    except MALFORMED:
-        # None, or given in some other form: the text is good all the same.
-        logprobs = None
-    return Reply(text, *counts, "first_token" if logprobs else f"sampled:{turn.finish_reason}", logprobs)
-
-
-def _first_token(tokens: Sequence[Any], options: Sequence[str]) -> tuple[float, ...] | None:
-    """log P of the first token that tells the options apart; None unless each such token belongs to one option."""
-    shared, text = os.path.commonprefix(list(options)), ""
-    for token in tokens:
-        own, several = [0.0] * len(options), 0.0
-        for other in token.top_logprobs:
-            longer = text + other.token
-            fits = [i for i, option in enumerate(options) if option.startswith(longer) or longer.startswith(option)]
-            if len(fits) == 1:
-                own[fits[0]] += math.exp(other.logprob)
-            elif fits:
-                several += math.exp(other.logprob)
-        text += token.token
-        if not shared.startswith(text):
-            return tuple(map(math.log, own)) if all(own) and several < NEGLIGIBLE else None
-        if sum(own) > NEGLIGIBLE:
-            return None
-    return None

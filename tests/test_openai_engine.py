@@ -1,4 +1,4 @@
-"""The engine for servers, against a server of the tests' own that fails in every way that servers do."""
+"""The engine for servers, against a server that fails in every way that servers do."""
 
 import asyncio
 import json
@@ -7,13 +7,13 @@ import math
 import random
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import openai._base_client
 import pytest
 import tenacity
+from fault_server import KEY, Handler, Server, chat, choice, said
 
 from atp_utils import decisions, evolve, journal, models, openai_engine, role_play
 from atp_utils.decisions import split_thinking
@@ -21,108 +21,13 @@ from atp_utils.engine import Request, Sampling, ScriptedEngine, normalise
 from atp_utils.openai_engine import OpenAIEngine
 from atp_utils.protocol import Protocol
 
-KEY = "sk-very-secret-0123456789"
 YES, NO = '{"choice": "Yes"}', '{"choice": "No"}'
 PASSING = ("429", "500", "503", "half", "cut", "garbage", "wrong", "abort", "nothing", "silence")
 
 
-class Server(ThreadingHTTPServer):
-    """Answers by ``rule(body)``; ``faults`` are used up first, one a POST, and ``broken`` is one that never ends."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, rule):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.rule, self.faults, self.broken = rule, deque(), None
-        self.models = {
-            "data": [{"id": "toy", "object": "model", "created": int(time.time()), "root": "/weights/a/toy"}]
-        }
-        self.posts, self.served, self.times = [], [], []
-        self.lock, self.closing = threading.Lock(), threading.Event()
-        self.parallel = self.most_parallel = 0
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, request, client_address):
-        pass  # clients that gave up
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-    def send(self, status, body, *, length=None, kind="application/json", **headers):
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        if length != 0:
-            self.send_header("Content-Length", str(length or len(content)))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def do_GET(self):
-        refused = self.server.broken == "401"
-        found = self.path == "/v1/models"
-        self.send(401 if refused else 200 if found else 404, self.server.models if found and not refused else {})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.posts.append(self.path)
-            self.server.times.append(time.monotonic())
-            fault = self.server.broken or (self.server.faults.popleft() if self.server.faults else None)
-            self.server.parallel += 1
-            self.server.most_parallel = max(self.server.most_parallel, self.server.parallel)
-        try:
-            if fault:
-                return self.fail(fault, body)
-            answer = self.server.rule(body)
-            status = answer.pop("status", 200)
-            with self.server.lock:
-                self.server.parallel -= 1
-                self.server.served += [body] if status == 200 else []
-            self.send(status, answer)
-        finally:
-            if fault:
-                self.server.parallel -= 1
-
-    def fail(self, fault, body):
-        whole = json.dumps(self.server.rule(body)).encode()
-        if fault == "silence":
-            self.server.closing.wait(20)
-        elif fault.isdigit():
-            self.send(int(fault), {"error": {"message": f"no, {self.headers['Authorization']}"}})
-        elif fault == "slow down":
-            self.send(429, {}, retry_after_ms="400")
-        elif fault == "half":
-            self.send(200, whole[: len(whole) // 2], length=len(whole))
-        elif fault == "cut":
-            self.send(200, whole[: len(whole) // 2], length=0)
-        elif fault == "garbage":
-            self.send(200, b"<html>\xff\x00 502 Bad Gateway", kind="text/html")
-        elif fault == "wrong":
-            self.send(200, {"object": "chat.completion", "choices": [{"message": "hello"}]})
-        elif fault == "abort":
-            self.send(200, chat("so far, I", finish_reason="abort"))
-        self.close_connection = True
-
-
-def chat(content, finish_reason="stop", logprobs=None, **message):
-    turn = {"index": 0, "message": {"role": "assistant", "content": content, **message}, "finish_reason": finish_reason}
-    usage = {"prompt_tokens": 7, "completion_tokens": 2}
-    return {"object": "chat.completion", "choices": [turn | {"logprobs": logprobs}], "usage": usage}
-
-
-def said(body):
-    return f"{body['messages'][-1]['content']} {body['seed']}"
-
-
 @pytest.fixture
 def start(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("TEST_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
     monkeypatch.setattr(openai_engine, "WAIT", tenacity.wait_none())
@@ -175,13 +80,6 @@ def play(folder, items, engine):
     return rows
 
 
-def choice(messages, seed):
-    """Some option that follows from the chat and the seed."""
-    prompt = next(message["content"] for message in messages if '"choice": ' in message["content"])
-    option = prompt.split('"choice": ')[1:][(seed + len(messages)) % 2].split("}")[0]
-    return f'Well, {{"choice": {option}}}'
-
-
 def test_a_run_over_faults_is_the_run_without_them(start, tmp_path, splits):
     server = start(lambda body: chat(choice(body["messages"], body["seed"])))
     server.faults.extend(random.Random(0).choices([*PASSING[:-1], *[None] * 9], k=80))
@@ -224,8 +122,9 @@ def test_replies_under_way_are_kept_when_another_request_fails(start):
         return chat(said(body))
 
     server, got = start(rule), []
+    engine = OpenAIEngine("toy", server.url, concurrency=3, key_variable="TEST_KEY")
     with pytest.raises(ValueError, match=r"refuses test/0: .*too long for \*\*\*.*run again"):
-        for index, _ in OpenAIEngine("toy", server.url, concurrency=3).answer([free(n) for n in range(9)]):
+        for index, _ in engine.answer([free(n) for n in range(9)]):
             got.append(index)
     assert sorted(got) == sorted(body["seed"] for body in server.served) and 2 <= len(got) < 8
 
@@ -261,7 +160,7 @@ def test_several_servers_share_the_load_and_one_that_stays_out_is_left(start):
         answers(engine, [free(1)])
 
 
-def test_bad_servers_are_refused_before_a_token_is_paid_for(start, monkeypatch):
+def test_bad_servers_are_refused_before_a_token_is_paid_for(start):
     server, other = start(), start()
     other.models = {"data": [{"id": "toy", "root": "another/toy"}]}
     for url, model, error, advice in (
@@ -282,11 +181,13 @@ def test_bad_servers_are_refused_before_a_token_is_paid_for(start, monkeypatch):
     with pytest.raises(ValueError, match="no OpenAI-compatible server"):
         OpenAIEngine("toy", server.url)
     server.broken = "401"
-    with pytest.raises(PermissionError, match="variable OPENAI_API_KEY holds none of its keys"):
-        OpenAIEngine("toy", server.url)
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(PermissionError, match="variable OTHER_KEY is not set"):
-        OpenAIEngine("toy", server.url, key_variable="OTHER_KEY")
+    for variable, advice in (
+        ("TEST_KEY", "refuses the key that the variable TEST_KEY holds"),
+        ("OTHER_KEY", "variable OTHER_KEY is not set: put the servers' key into it"),
+        ("", "wants a key: name its environment variable by key_variable"),
+    ):
+        with pytest.raises(PermissionError, match=advice):
+            OpenAIEngine("toy", server.url, key_variable=variable)
     assert server.posts == other.posts == []
 
 
@@ -298,18 +199,40 @@ def test_the_key_is_sent_and_appears_nowhere(start, caplog, tmp_path, splits, mo
         Handler, "do_GET", lambda self: keys.append(self.headers["Authorization"]) or self.send(200, server.models)
     )
     server.faults.extend(["500", "garbage", "429"])
-    engine = OpenAIEngine("toy", server.url, retries=3)
+    engine = OpenAIEngine("toy", server.url, retries=3, key_variable="TEST_KEY")
     play(tmp_path, splits[1][:2], engine)
     shown = [caplog.text, repr(vars(engine)), *(path.read_bytes().decode("latin-1") for path in tmp_path.iterdir())]
     for server.broken in ("400", "403", "500", "garbage", "404"):
         with pytest.raises((ConnectionError, PermissionError, ValueError)) as caught:
             answers(engine, [free(1)])
         shown += [str(caught.value), repr(caught.value.__cause__), str(caught.getrepr(chain=True, showlocals=False))]
-    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\nX-More: 1")
-    with pytest.raises(ValueError, match="OPENAI_API_KEY holds characters") as caught:
-        OpenAIEngine("toy", server.url)
+    monkeypatch.setenv("TEST_KEY", f"{KEY}\nX-More: 1")
+    with pytest.raises(ValueError, match="TEST_KEY holds characters") as caught:
+        OpenAIEngine("toy", server.url, key_variable="TEST_KEY")
     assert keys == [f"Bearer {KEY}"]
     assert not any(KEY in text for text in [*shown, caplog.text, str(caught.value)])
+
+
+def test_a_key_that_was_not_named_is_not_sent(start, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = start()
+    server.key = KEY
+    with pytest.raises(PermissionError, match="wants a key"):
+        OpenAIEngine("toy", server.url)
+    assert answers(OpenAIEngine("toy", server.url, key_variable="OPENAI_API_KEY"), [free(1)])
+
+
+def test_a_lone_surrogate_in_the_history_can_be_sent_and_journalled(start, tmp_path):
+    server = start(lambda body: chat("broken \ud83d half"))
+    engine = OpenAIEngine("toy", server.url)
+    [first] = answers(engine, [free(1)])
+    history = [{"role": "user", "content": "?"}, {"role": "assistant", "content": first.text}]
+    request = replace(free(2), messages=history)
+    answers(engine, [request])
+    with journal.Journal(tmp_path) as record:
+        record.put(request.digest(engine.identity), request, first)
+    assert list(journal.read_replies(tmp_path / journal.REPLIES).values()) == [first]
+    assert server.served[1]["messages"][1]["content"] == "broken ? half"
 
 
 def test_a_request_says_all_that_its_reply_depends_on(start):
