@@ -30,8 +30,9 @@ model: $(INSTALLED) ## fetch and convert the embedded model
 	@$(BIN)/python -c "from atp_utils import models, shown; print('model:', shown(models.prepare_embedded()))"
 
 # --nolock: a killed run would leave its lock behind, and each run folder has a lock of its own.
+# URLS, with commas between, are servers that answer in place of this machine: docs/servers.md.
 reproduce: model ## run a profile (PROFILE=quick|laptop|paper), then print its tables
-	$(BIN)/snakemake --cores $(CORES) --config profile=$(PROFILE) --rerun-incomplete --nolock --quiet host reason
+	$(BIN)/snakemake --cores $(CORES) --config profile=$(PROFILE) urls=$(URLS) key_variable=$(KEY_VARIABLE) --rerun-incomplete --nolock --quiet host reason
 	@$(BIN)/python -m atp_utils.report runs/$(PROFILE)
 
 test: model ## ruff, pytest and the notebooks by nbval

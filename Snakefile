@@ -4,9 +4,11 @@
 is each step's output; the executed notebook is its log, so that a failed one is kept for reading.
 """
 
+import json
+import shlex
 from pathlib import Path
 
-from atp_utils.parameters import read_profile
+from atp_utils.parameters import check, read_profile
 
 PROFILE = config.get("profile", "quick")
 SETTINGS = read_profile(PROFILE)
@@ -14,6 +16,11 @@ RUN = f"runs/{Path(PROFILE).stem}"
 # Hub ids hold a slash, file names can't.
 MODELS = {name.replace("/", "--"): name for name in SETTINGS.models}
 EVOLVE = {"role_play": "04_evolve_role_play", "tool_use": "05_evolve_tool_use", "collusion": "06_evolve_collusion"}
+# `make reproduce URLS=...`: servers that answer all evolutions (docs/servers.md). They are no `params`, so that a
+# finished run isn't asked again for having been asked elsewhere.
+URLS, KEY = str(config.get("urls") or ""), str(config.get("key_variable") or "")
+SERVED = check("04_evolve_role_play", {"adapter": "", "urls": URLS.split(","), "key_variable": KEY} if URLS else {})
+SERVED = " ".join(f"-p {name} {shlex.quote(json.dumps(value))}" for name, value in SERVED.items())
 # What an evolution reads: prompts that were written, or a grid that it makes itself.
 PROMPTS = {name: f"{RUN}/data/{name}/test.jsonl" for name in ("role_play", "tool_use")}
 PROMPTS |= {"collusion": "data/environments/collusion.yaml"}
@@ -21,7 +28,8 @@ MODULES = {
     "data": ["files", "role_play", "collusion", "tool_items", "problems", "problem_families", "problem_templates"],
     "tool_use": ["answers", "sandbox", "tool_calls", "tool_items"],
     "align": ["align", "models", "protocol", "engine"],
-    "evolve": ["decisions", "engine", "evolve", "journal", "models", "protocol", "transformers_engine"],
+    "evolve": ["decisions", "engine", "engines", "evolve", "journal", "models", "protocol", "transformers_engine"]
+    + ["openai_engine", "openai_wire"],
     "figures": ["plots", "stats", "tables", "tipping", "tool_tables"],
 }
 
@@ -40,7 +48,9 @@ def adapter_manifest(wildcards):
 
 
 def adapter(wildcards):
-    return "" if wildcards.arm == "base" else adapter_manifest(wildcards).removesuffix("/manifest.json")
+    # Servers that the profile names hold the adapters themselves.
+    served = SETTINGS.parameters(EVOLVE[wildcards.scenario], None, MODELS[wildcards.model]).get("urls")
+    return "" if wildcards.arm == "base" or served else adapter_manifest(wildcards).removesuffix("/manifest.json")
 
 
 wildcard_constraints:
@@ -127,7 +137,7 @@ rule evolve:
     threads: workflow.cores or 1
     shell:
         "python -m atp_utils.run {input[0]} {log.notebook} --profile {PROFILE} -p model {params.name}"
-        " -p arm {wildcards.arm} -p adapter '{params.adapter}' -p out {params.out} {params.data}"
+        " -p arm {wildcards.arm} -p adapter '{params.adapter}' -p out {params.out} {params.data} {SERVED}"
 
 
 rule figures:

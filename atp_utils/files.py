@@ -92,10 +92,11 @@ def read_named(path: Path, model: type[Model], what: str) -> list[Model]:
     return entries
 
 
-def explain(error: ValidationError) -> str:
-    """One line for a pydantic error: where, what was wrong, and what stood there."""
+def explain(error: ValidationError, quoted: bool = True) -> str:
+    """One line for a pydantic error: where, what was wrong, and what stood there if it may be ``quoted``."""
     parts = []
     for detail in error.errors(include_url=False):
         where = ".".join(str(part) for part in detail["loc"])
-        parts.append(f"{where + ': ' if where else ''}{detail['msg']} (got {str(detail['input'])[:80]!r})")
+        got = f" (got {str(detail['input'])[:80]!r})" if quoted else ""
+        parts.append(f"{where + ': ' if where else ''}{detail['msg']}{got}")
     return "; ".join(parts)

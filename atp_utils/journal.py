@@ -3,6 +3,7 @@
     replies.jsonl        one raw reply a line, appended as it arrives: the record that everything derives from
     decisions.parquet    the tidy table, derived
     manifest.json        parameters, versions, counts; written last, so its presence says that the run is whole
+    served.json          what servers said of their model, if they answered; written by `engines`
 
 Replies are addressed by a digest of the whole request and of the engine's identity. Resuming a run,
 re-scoring it with another parser and extending it by a seed are therefore one thing, replay: requests that
@@ -17,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -93,7 +95,9 @@ class Journal:
             "replayed": self.replayed,
             "answered_now": self.paid,
         }
-        write_manifest(self.folder, counts=counts, **facts)
+        # For a forced choice on servers this is also how it was answered (see `openai_engine`).
+        reasons = Counter(self._replies[digest].finish_reason for digest in self.used)
+        write_manifest(self.folder, counts=counts, finish_reasons=dict(sorted(reasons.items())), **facts)
 
     def close(self) -> None:
         """Release the folder."""

@@ -24,7 +24,7 @@ MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 def checked_url(url: str) -> str:
     """``url`` without a slash at its end; raises ValueError for what is no address, or one that holds a key."""
     parts = urlsplit(url)
-    if parts.username or parts.password or parts.query:
+    if "@" in url or parts.query:
         raise ValueError("a server's address holds a user, password or query: keys come from the environment alone")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url!r} is no server's address, such as http://127.0.0.1:8000/v1")
@@ -37,8 +37,16 @@ def short_name(path: str) -> str:
 
 
 def facts(entry: Any) -> str:
-    """Weights, parent and size, as far as told; nothing that differs between equal servers, such as dates."""
+    """Weights, parent and size, as far as told; nothing that differs between equal servers, such as dates.
+
+    Raises ValueError for an adapter on SGLang, which lists it by its name and answers for that name with the base.
+    """
     told = entry.model_extra or {}
+    if told.get("parent") and getattr(entry, "owned_by", "") == "sglang":
+        raise ValueError(
+            f"SGLang lists the adapter {entry.id!r}, but asked for it by that name it answers with the base model: "
+            "merge the adapter into the weights, and serve those by --served-model-name"
+        )
     named = {name: short_name(told[name]) for name in ("root", "parent") if told.get(name)}
     sized = {name: told["meta"][name] for name in ("n_params", "size") if name in (told.get("meta") or {})}
     return ",".join(f"{name}={value}" for name, value in (named | sized).items())

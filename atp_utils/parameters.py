@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import papermill
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from atp_utils import files, resolve, shown
 from atp_utils.collusion import Visibility
+from atp_utils.openai_wire import checked_url
 
 NOTEBOOKS = Path("notebooks")
 PROFILES = Path("profiles")
@@ -30,12 +31,19 @@ Number = BeforeValidator(lambda value: float(value) if isinstance(value, str) el
 Rate = Annotated[float, Number, Field(gt=0)]
 Share = Annotated[float, Number, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+# Where a key may be put by mistake: no error repeats what stands there. Few keys look like a variable's name.
+DISCREET = {"urls", "key_variable"}
 
 TYPES: dict[str, Any] = {
     "model": Text,
     "scenario": Scenario,
     "arm": Arm,
     "adapter": str,
+    "urls": list[Annotated[str, AfterValidator(checked_url)]],
+    "served_name": str,
+    "tokenizer": str,
+    "key_variable": Annotated[str, Field(pattern=r"^([A-Z_][A-Z0-9_]*)?$")],
+    "concurrency": Positive,
     "data": Text,
     "out": Text,
     "results": Text,
@@ -108,7 +116,8 @@ def check(notebook: str, values: Mapping[str, Any]) -> dict[str, Any]:
         try:
             checked[name] = TypeAdapter(TYPES[name]).validate_python(value)
         except ValidationError as error:
-            raise ValueError(f"{notebook}, parameter {name}: {files.explain(error)}") from None
+            explained = files.explain(error, quoted=name not in DISCREET)
+            raise ValueError(f"{notebook}, parameter {name}: {explained}") from None
     return checked
 
 

@@ -177,6 +177,11 @@ def test_bad_servers_are_refused_before_a_token_is_paid_for(start):
         assert KEY not in str(caught.value)
     with pytest.raises(ValueError, match="the replies before came from 'toy|root=b/toy'"):
         list(OpenAIEngine("toy", server.url, identity="toy|root=b/toy").answer([free(1)]))
+    other.models = {"data": [{"id": "toy", "root": "/adapters/toy", "parent": "base", "owned_by": "sglang"}]}
+    with pytest.raises(ValueError, match="SGLang lists the adapter 'toy', but .* answers with the base model"):
+        OpenAIEngine("toy", other.url)
+    other.models["data"][0]["owned_by"] = "vllm"
+    assert OpenAIEngine("toy", other.url).identity == "toy|root=adapters/toy,parent=base"
     server.models = b"<html>"
     with pytest.raises(ValueError, match="no OpenAI-compatible server"):
         OpenAIEngine("toy", server.url)

@@ -1,0 +1,199 @@
+"""Who answers a notebook: the choice of engine, and notebook 4 against servers that refuse, die and come back."""
+
+import json
+import math
+import os
+from collections import Counter
+
+import pandas as pd
+import pytest
+from fault_server import KEY, Server, chat, choice
+
+from atp_utils import engines, journal, run
+from atp_utils.engine import Reply, Request
+from atp_utils.engines import Servers, open_engine
+
+ITEMS, ROUNDS = 3, 2
+NOBODY = "http://127.0.0.1:9/v1"
+
+
+@pytest.fixture
+def start(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    servers = []
+
+    def make(rule=lambda body: chat(choice(body["messages"], body["seed"])), names=("toy",)):
+        servers.append(Server(rule))
+        servers[-1].models = {"data": [{"id": name, "root": f"/weights/{name}"} for name in names]}
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("arm", "adapter", "servers", "message"),
+    [
+        ("base", "runs/a", Servers(), "base takes no adapter"),
+        ("dpo", "", Servers(), "dpo and grpo need one, or urls"),
+        (
+            "dpo",
+            "runs/a",
+            Servers([NOBODY]),
+            "together with urls.*--lora-modules role_play-dpo=runs/a",
+        ),
+        ("grpo", "runs/a", Servers([NOBODY], "mine"), "asked for as 'mine'"),
+        ("base", "", Servers(served_name="mine"), "served_name 'mine' without urls"),
+    ],
+)
+def test_arm_adapter_and_servers_must_fit(tmp_path, arm, adapter, servers, message):
+    with pytest.raises(ValueError, match=message):
+        open_engine("toy", "role_play", arm, adapter, servers, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arm", "served_name", "asked"),
+    [("base", "", "toy"), ("dpo", "", "role_play-dpo"), ("grpo", "mine", "mine"), ("base", "mine", "mine")],
+)
+def test_an_arm_is_asked_for_by_name(start, tmp_path, arm, served_name, asked):
+    server = start(names=[asked, "other"])
+    engine = open_engine("toy", "role_play", arm, "", Servers([server.url], served_name), tmp_path)
+    assert (engine.model, engine.identity) == (asked, f"{asked}|root=weights/{asked}")
+    server.models["data"].pop(0)
+    with pytest.raises(ValueError, match=f"serves 'other', not '{asked}'"):
+        open_engine("toy", "role_play", arm, "", Servers([server.url], served_name), tmp_path / "new")
+
+
+def test_a_record_of_the_same_model_is_opened_without_its_servers(start, tmp_path):
+    servers = Servers([start(names=["toy", "other"]).url])
+    engine = open_engine("toy", "role_play", "base", "", servers, tmp_path)
+    with pytest.raises(ConnectionError):  # no reply came of it yet
+        open_engine("toy", "role_play", "base", "", Servers([NOBODY]), tmp_path)
+    with journal.Journal(tmp_path) as record:
+        record.put("d", Request("k", [], 0), Reply("x"))
+    moved = open_engine("toy", "role_play", "base", "", Servers([NOBODY]), tmp_path)
+    assert moved.identity == engine.identity
+    for other in (Servers([NOBODY], "other"), Servers([NOBODY], tokenizer="toy")):
+        with pytest.raises(ConnectionError):
+            open_engine("toy", "role_play", "base", "", other, tmp_path)
+    (tmp_path / engines.SERVED).write_text("{")
+    with pytest.raises(ValueError, match=r"served\.json: not valid"):
+        open_engine("toy", "role_play", "base", "", servers, tmp_path)
+
+
+def scores(body):
+    """An echo with log P = -1 a token, and for the last token of an option what the server makes of all before it."""
+    choices = []
+    for index, ids in enumerate(body["prompt"]):
+        row = [None] + [-1.0] * (len(ids) - 2) + [-(sum(ids) % 7) / 2, -5.0]
+        choices.append({"index": index, "finish_reason": "length", "logprobs": {"token_logprobs": row}})
+    return {"object": "text_completion", "choices": choices}
+
+
+def tops(body):
+    """A chat whose first token that tells the options apart has probabilities 0.7 and 0.3."""
+    names = body["response_format"]["json_schema"]["schema"]["properties"]["choice"]["enum"]
+    shared = len(os.path.commonprefix(names))
+    head = f'{{"choice": "{names[0][:shared]}'
+    pairs = zip(names, (0.7, 0.3), strict=True)
+    candidates = [{"token": name[shared:] + '"}', "logprob": math.log(p)} for name, p in pairs]
+    entries = [{"token": head, "logprob": 0.0, "top_logprobs": [{"token": head, "logprob": 0.0}]}]
+    entries.append(candidates[0] | {"top_logprobs": candidates})
+    return chat(f'{{"choice": "{names[0]}"}}', logprobs={"content": entries})
+
+
+def play(folder, capfd, server, **values):
+    """Run notebook 4 as the command line does: (exit status, what it printed)."""
+    values = {"model": "toy", "urls": [server], "key_variable": "ATP_TEST_KEY", "concurrency": 1} | values
+    values |= {"items": ITEMS, "rounds": ROUNDS, "out": str(folder / "run")}
+    given = [word for name, value in values.items() for word in ("-p", name, json.dumps(value).strip('"'))]
+    status = run.main(["notebooks/04_evolve_role_play.ipynb", str(folder / "executed.ipynb"), *given])
+    output = capfd.readouterr()
+    return status, output.out + output.err
+
+
+WAYS = [
+    ("reason", "", "/v1/chat/completions", lambda body: chat(choice(body["messages"], body["seed"])), "stop"),
+    ("choose", "", "/v1/chat/completions", tops, "first_token"),
+    ("choose", "smollm2-135m", "/v1/completions", scores, "scored"),
+]
+
+
+@pytest.mark.parametrize(("protocol", "tokenizer", "path", "rule", "reason"), WAYS, ids=[way[-1] for way in WAYS])
+def test_a_served_notebook_goes_on_where_its_server_died(
+    start, embedded, tmp_path, monkeypatch, capfd, protocol, tokenizer, path, rule, reason
+):
+    monkeypatch.setenv("ATP_TEST_KEY", KEY)
+    ways = {"protocol": protocol, "tokenizer": tokenizer}
+
+    def dies(body):
+        if len(server.served) == 3:
+            server.broken = "500"
+        return rule(body)
+
+    server = start(dies)
+    server.key = KEY
+    status, first = play(tmp_path, capfd, server.url, **ways)
+    assert status == 1 and "ConnectionError" in first and "run again to go on" in first, first
+    kept = journal.read_replies(tmp_path / "run" / journal.REPLIES)
+    probes = 1 if tokenizer else 0
+    assert len(kept) == len(server.served) - probes == 4 - probes
+    assert not (tmp_path / "run" / journal.MANIFEST).exists()
+
+    server.broken, server.rule = None, rule
+    assert play(tmp_path, capfd, server.url, **ways)[0] == 0
+    manifest = json.loads((tmp_path / "run" / journal.MANIFEST).read_text())
+    assert manifest["counts"]["replayed"] == len(kept)
+    assert manifest["counts"]["answered_now"] == ITEMS * ROUNDS - len(kept)
+    assert manifest["finish_reasons"] == {reason: ITEMS * ROUNDS} and manifest["identity"].startswith("toy|root=")
+    asked = Counter(json.dumps(body, sort_keys=True) for body in server.served)
+    assert sorted(asked.values())[: ITEMS * ROUNDS] == [1] * ITEMS * ROUNDS
+    assert len(server.served) == ITEMS * ROUNDS + 2 * probes and {*server.posts} == {path}
+    table = pd.read_parquet(tmp_path / "run" / journal.DECISIONS)
+    assert len(table) == ITEMS * ROUNDS and table["valid"].all() and not table.duplicated(["item", "round"]).any()
+    assert table["p_deviate"].notna().all() == (protocol == "choose")
+
+    # A replay needs no server, no key, and no manifest.
+    (tmp_path / "run" / journal.MANIFEST).unlink()
+    monkeypatch.delenv("ATP_TEST_KEY")
+    status, _ = play(tmp_path, capfd, NOBODY, **ways)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "run" / journal.DECISIONS), table)
+    assert status == 0 and len(server.served) == ITEMS * ROUNDS + 2 * probes
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == 5 and not any(KEY.encode() in file.read_bytes() for file in files)
+
+
+def test_a_served_notebook_is_refused_before_a_token_is_paid_for(start, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("ATP_TEST_KEY", KEY)
+    monkeypatch.setenv("WRONG_KEY", KEY[::-1])
+    server = start()
+    server.key = KEY
+    for values, message in (
+        ({"key_variable": "UNSET_KEY"}, "variable UNSET_KEY is not set"),
+        ({"key_variable": "WRONG_KEY"}, "refuses the key that the variable WRONG_KEY holds"),
+        ({"arm": "dpo"}, "serves 'toy', not 'role_play-dpo'"),
+    ):
+        status, output = play(tmp_path, capfd, server.url, **values)
+        assert status == 1 and message in output
+        executed = (tmp_path / "executed.ipynb").read_text()
+        assert not any(secret in text for secret in (KEY, KEY[::-1]) for text in (output, executed))
+    assert server.posts == [] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"key_variable": KEY},
+        {"urls": [f"http://me:{KEY}@127.0.0.1/v1"]},
+        {"urls": [f"me:{KEY}@127.0.0.1"]},
+        {"urls": f"http://127.0.0.1/v1?key={KEY}"},
+    ],
+)
+def test_a_key_among_the_parameters_is_refused_and_not_repeated(tmp_path, capfd, values):
+    status, output = play(tmp_path, capfd, NOBODY, **values)
+    assert status == 2 and f"parameter {next(iter(values))}" in output and KEY not in output
+    assert not list(tmp_path.iterdir())
