@@ -27,7 +27,7 @@ PROMPTS |= {"collusion": "data/environments/collusion.yaml"}
 MODULES = {
     "data": ["files", "role_play", "collusion", "tool_items", "problems", "problem_families", "problem_templates"],
     "tool_use": ["answers", "sandbox", "tool_calls", "tool_items"],
-    "align": ["align", "models", "protocol", "engine"],
+    "align": ["align", "train", "models", "protocol", "engine"],
     "evolve": ["decisions", "engine", "engines", "evolve", "journal", "models", "protocol", "transformers_engine"]
     + ["openai_engine", "openai_wire"],
     "figures": ["plots", "stats", "tables", "tipping", "tool_tables"],

@@ -87,6 +87,13 @@ class Training:
         return self.accumulation // processes
 
 
+def check(training: Training, launcher: str) -> None:
+    """Raise ValueError or FileNotFoundError for a training that can't start here: a notebook asks before other work."""
+    if training.use_vllm and not is_vllm_available():
+        raise ValueError("use_vllm is true, and vLLM isn't installed: pip install trl[vllm], or set it to false")
+    training.share(launch.processes(launch.configuration(launcher)) if launcher else 1)
+
+
 def train_dpo(model: str, rows: list[dict], out: Path, training: Training, launcher: str = "") -> pd.DataFrame:
     """Train a LoRA adapter by DPO into ``out``; returns the training log (see `_train`)."""
     return _train({"method": "dpo", "model": model}, rows, out, training, launcher)
@@ -98,10 +105,8 @@ def train_grpo(
     """Train a LoRA adapter by GRPO into ``out``; returns the training log (see `_train`).
 
     ``reward`` "choice" is `align.choice_reward`, "preference" that of tool use (`tool_pairs.preference_reward`), for
-    which each process has a sandbox. Raises ValueError where vLLM is asked for and not installed.
+    which each process has a sandbox.
     """
-    if training.use_vllm and not is_vllm_available():
-        raise ValueError("use_vllm is true, and vLLM isn't installed: pip install trl[vllm], or set it to false")
     return _train({"method": "grpo", "model": model, "reward": reward}, rows, out, training, launcher)
 
 
@@ -114,7 +119,7 @@ def _train(what: dict[str, str], rows: list[dict], out: Path, training: Training
     """
     if not rows:
         raise ValueError(f"{shown(out)}: there is nothing to train on (0 rows)")
-    training.share(launch.processes(launch.configuration(launcher)) if launcher else 1)
+    check(training, launcher)
     settings = {**what, "identity": models.identity(what["model"]), **asdict(training)}
     settings["rows_sha256"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     if _settings_of(out / SETTINGS) != settings:
@@ -218,7 +223,7 @@ def _common(checkpoints: Path, rows: list[dict], training: Training) -> dict[str
         "output_dir": str(checkpoints),
         "learning_rate": training.learning_rate,
         "max_steps": steps,
-        "gradient_accumulation_steps": training.share(int(os.environ.get("WORLD_SIZE", 1))),
+        "gradient_accumulation_steps": training.share(_processes()),
         "beta": training.beta,
         "lr_scheduler_type": "cosine",
         "warmup_steps": round(training.warmup_ratio * steps),
@@ -233,6 +238,11 @@ def _common(checkpoints: Path, rows: list[dict], training: Training) -> dict[str
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def _processes() -> int:
+    """How many processes train together, of which this is one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _on_one_gpu(arguments: Any) -> Any:

@@ -78,42 +78,40 @@ def kill_the_second(monkeypatch):
     assert len(killed) == 1
 
 
-@pytest.mark.parametrize("method", ["dpo", "grpo"])
-def test_two_processes_train_what_one_does_also_after_a_kill(method, tiny, tmp_path, kill_the_second):
+@pytest.fixture
+def fsdp(tmp_path, monkeypatch):
+    """The shipped FSDP configuration, for two CPUs."""
+    config = yaml.safe_load(resolve("profiles/accelerate/fsdp.yaml").read_text())
+    path = tmp_path / "fsdp.yaml"
+    path.write_text(yaml.safe_dump(config | {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}))
+    run = launch.run
+    monkeypatch.setattr(launch, "run", lambda name, _, *rest: run(name, "tests.fsdp_on_cpu", *rest))
+    return str(path)
+
+
+@pytest.mark.parametrize(("method", "layout"), [("dpo", "whole"), ("grpo", "whole"), ("dpo", "fsdp")])
+def test_two_processes_train_what_one_does_also_after_a_kill(method, layout, tiny, tmp_path, request, kill_the_second):
+    launcher = request.getfixturevalue("fsdp") if layout == "fsdp" else TWO
     alone = train_both(method, tiny, tmp_path / "alone")
     out = tmp_path / "launched"
-    with pytest.raises(RuntimeError, match=r"(?s)two_cpus.yaml, failed .*rank +: 1 .*SIGKILL.*memory runs out.*output"):
-        train_both(method, tiny, out, TWO)
+    with pytest.raises(RuntimeError, match=r"(?s)yaml, failed .*rank +: 1 .*SIGKILL.*memory runs out.*output.log"):
+        train_both(method, tiny, out, launcher)
     assert not (out / train.LOG).exists() and not (out / "manifest.json").exists()
-    [checkpoint] = (out / "checkpoints/whole").glob("checkpoint-*/trainer_state.json")
+    [checkpoint] = (out / "checkpoints" / layout).glob("checkpoint-*/trainer_state.json")
     assert KILLED_AT - 1 <= json.loads(checkpoint.read_text())["global_step"] < STEPS
 
     kill_the_second.undo()
-    log = train_both(method, tiny, out, TWO)
+    log = train_both(method, tiny, out, launcher)
     assert list(log["step"]) == list(range(1, STEPS + 1)) and list(log.columns) == list(alone.columns)
-    column = "loss" if method == "dpo" else "score"
-    print(method, (log[column] - alone[column]).abs().max(), alone[column].tolist()[:8], log[column].tolist()[:8])
+    for column in ("loss", "score"):
+        if column in log:
+            print(method, layout, column, (log[column] - alone[column]).abs().max(), alone[column].tolist())
     weights = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "alone", out)]
     shapes = [{name: tensor.shape for name, tensor in each.items()} for each in weights]
     assert shapes[0] == shapes[1] and len(shapes[0]) == 2 * 7 * 2
-    print({name: (weights[0][name] - weights[1][name]).abs().max().item() for name in list(weights[0])[:4]})
-
-
-def test_fsdp_leaves_a_whole_adapter(tiny, tmp_path, monkeypatch):
-    config = yaml.safe_load(resolve("profiles/accelerate/fsdp.yaml").read_text())
-    (tmp_path / "fsdp.yaml").write_text(
-        yaml.safe_dump(config | {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"})
+    print(
+        {n: ((weights[0][n] - weights[1][n]).abs().max().item(), weights[0][n].abs().max().item()) for n in shapes[0]}
     )
-    run = launch.run
-    monkeypatch.setattr(launch, "run", lambda name, _, *rest: run(name, "tests.fsdp_on_cpu", *rest))
-    alone = train_both("dpo", tiny, tmp_path / "alone")
-    log = train_both("dpo", tiny, tmp_path / "fsdp", str(tmp_path / "fsdp.yaml"))
-    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "fsdp")]
-    assert {name: tensor.shape for name, tensor in weights[0].items()} == {
-        name: tensor.shape for name, tensor in weights[1].items()
-    }
-    print("fsdp", (log["loss"] - alone["loss"]).abs().max())
-    print({name: (weights[0][name] - weights[1][name]).abs().max().item() for name in list(weights[0])[:4]})
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -164,7 +162,7 @@ def test_a_step_sees_as_many_rows_on_any_number_of_processes(processes, tmp_path
     training = train.Training(**SETTINGS | {"accumulation": 8, "group_size": 4, "max_new_tokens": 2, "max_steps": 0})
     tokenizer = models.load_tokenizer(models.EMBEDDED)
     alone = train.dpo_arguments(tmp_path, PAIRS * 8, training)
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(train, "_processes", lambda: processes)
     monkeypatch.setattr(train.GRPOConfig, "world_size", processes)
     dpo = train.dpo_arguments(tmp_path, PAIRS * 8, training)
     assert dpo.per_device_train_batch_size * dpo.gradient_accumulation_steps * processes == 8

@@ -1,8 +1,15 @@
 import json
 import shutil
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from peft import LoraConfig, get_peft_model
 
 from atp_utils import models
@@ -63,6 +70,66 @@ def test_a_hub_id_offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="model 'nobody/nothing' can't be loaded"):
         models.load_weights("nobody/nothing")
+
+
+def hub_error(kind, message="of the hub"):
+    """An error as the hub's client raises it."""
+    if issubclass(kind, RepositoryNotFoundError):
+        return kind(message, response=httpx2.Response(403, request=httpx2.Request("GET", "https://huggingface.co")))
+    return kind(message)
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (GatedRepoError, r"open https://huggingface.co/some/model, accept it, then run `hf auth login`"),
+        (RepositoryNotFoundError, "no model of this name, or a private one: check the spelling"),
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set and the model isn't in the local cache"),
+        (LocalEntryNotFoundError, "the hub can't be reached .* go online once, or name a local folder"),
+        (httpx2.ConnectError, "the hub can't be reached"),
+    ],
+)
+@pytest.mark.parametrize("load", [models.load_weights, models.load_tokenizer, models.identity])
+def test_what_the_hub_refuses_says_what_to_do(load, cause, expected, monkeypatch):
+    def refuse(*_, **__):
+        try:
+            raise hub_error(cause)
+        except Exception as error:
+            # transformers wraps what its client raises.
+            raise OSError("A long story.\nWith several lines") from error
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(models.memory, "parameters", lambda source: None)
+    for kind in (models.AutoModelForCausalLM, models.AutoTokenizer, models.AutoConfig):
+        monkeypatch.setattr(kind, "from_pretrained", refuse)
+    with pytest.raises(OSError, match=rf"model 'some/model' can't be loaded: .*{expected}"):
+        load("some/model")
+
+
+def test_any_other_refusal_is_passed_on_in_its_first_line(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("Disk on fire.\nWith several lines")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(OSError, match=r"model 'some/model' can't be loaded: Disk on fire\.$"):
+        models.identity("some/model")
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_only_inference_spreads_a_model_over_the_gpus(on_gpu, tmp_path, monkeypatch):
+    maps = []
+
+    def load(source, device_map, **_):
+        maps.append(device_map)
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(models.memory, "parameters", lambda source: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    models.load("some/model")
+    models.load_weights("some/model")
+    assert maps == ["auto" if on_gpu else None, None]
 
 
 def test_a_local_folder_works_in_its_place(embedded, tmp_path):
