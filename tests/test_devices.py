@@ -99,19 +99,24 @@ def test_two_processes_train_what_one_does_also_after_a_kill(method, layout, tin
     assert not (out / train.LOG).exists() and not (out / "manifest.json").exists()
     [checkpoint] = (out / "checkpoints" / layout).glob("checkpoint-*/trainer_state.json")
     assert KILLED_AT - 1 <= json.loads(checkpoint.read_text())["global_step"] < STEPS
+    assert (checkpoint.parent / "pytorch_model_fsdp.bin").exists() == (layout == "fsdp")
 
     kill_the_second.undo()
     log = train_both(method, tiny, out, launcher)
     assert list(log["step"]) == list(range(1, STEPS + 1)) and list(log.columns) == list(alone.columns)
-    for column in ("loss", "score"):
-        if column in log:
-            print(method, layout, column, (log[column] - alone[column]).abs().max(), alone[column].tolist())
+    # The same numbers are added in another order; the losses differ by rounding, and by 1e-2 if batches were others.
+    assert log["loss"].tolist() == pytest.approx(alone["loss"].tolist(), abs=1e-4)
+    if method == "grpo":
+        # Before the kill the same prompts in the same steps. TRL shuffles anew where it resumes: an epoch of two steps
+        # still sees each prompt once.
+        assert log["score"].tolist()[:4] == pytest.approx(alone["score"].tolist()[:4])
+        epochs = log["score"].to_numpy().reshape(-1, 2).sum(axis=1)
+        assert epochs == pytest.approx(sum(SCORES.values()) / 2)
     weights = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "alone", out)]
-    shapes = [{name: tensor.shape for name, tensor in each.items()} for each in weights]
-    assert shapes[0] == shapes[1] and len(shapes[0]) == 2 * 7 * 2
-    print(
-        {n: ((weights[0][n] - weights[1][n]).abs().max().item(), weights[0][n].abs().max().item()) for n in shapes[0]}
-    )
+    assert len(weights[0]) == 2 * 7 * 2
+    for name in weights[0] | weights[1]:
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=0, atol=1e-3)
+    models.check_adapter(out, tiny)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
