@@ -40,7 +40,9 @@ def round_curves(ax: Axes, rates: pd.DataFrame, *, title: str, label: str, dashe
                 alpha=0.15,
                 linewidth=0,
             )
-    ax.set(title=title, xlabel="round", ylabel=label, ylim=(0, 100), xticks=sorted(rates["round"].unique()))
+    ax.set(title=title, xlabel="round", ylabel=label, xticks=sorted(rates["round"].unique()))
+    # A little room, so that marks at 0 and 100 are whole.
+    ax.set(ylim=(-3, 103), yticks=range(0, 101, 20))
     ax.legend(title=None, loc="best", frameon=True)
     return ax
 
@@ -54,7 +56,7 @@ def first_last(ax: Axes, decisions: pd.DataFrame, *, title: str) -> Axes:
     ax.scatter(means.iloc[:, 0], means.iloc[:, -1], color=colour, marker=marker, alpha=0.8)
     first, last = means.columns[0], means.columns[-1]
     ax.set(title=title, xlabel=f"P(deviate), round {first}", ylabel=f"P(deviate), round {last}")
-    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
     return ax
 
 

@@ -24,7 +24,8 @@ def test_curves_show_percent_and_bands(ax):
     plots.round_curves(ax, rates, title="t", label="%")
     [line] = ax.get_lines()
     assert line.get_xydata().tolist() == [[1, 25], [2, 50]] and len(ax.collections) == 1
-    assert ax.get_ylim() == (0, 100)
+    low, high = ax.get_ylim()
+    assert low < 0 and high > 100
 
 
 def test_an_empty_cell_is_hatched_and_never_coloured(ax):
