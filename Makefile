@@ -14,7 +14,7 @@ NBVAL := ATP_PROGRESS=/dev/null $(BIN)/python -m pytest -p no:cacheprovider --ti
 	--nbval-cell-timeout 300 --nbval-sanitize-with tests/notebooks/sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help install model reproduce test lab bench notebooks publish clean
+.PHONY: help install model plan reproduce test lab bench notebooks publish clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ $(INSTALLED): pyproject.toml
 
 model: $(INSTALLED) ## fetch and convert the embedded model
 	@$(BIN)/python -c "from atp_utils import models, shown; print('model:', shown(models.prepare_embedded()))"
+
+plan: model ## print a profile's jobs, tokens, GPU hours and memory; runs nothing (PROFILE=, OPTIONS=)
+	@$(BIN)/python -m atp_utils.plan $(PROFILE) $(OPTIONS)
 
 # --nolock: a killed run would leave its lock behind, and each run folder has a lock of its own.
 # URLS, with commas between, are servers that answer in place of this machine: docs/servers.md.

@@ -8,14 +8,13 @@ import json
 import shlex
 from pathlib import Path
 
-from atp_utils.parameters import check, read_profile
+from atp_utils.parameters import ALIGN, EVOLVE, check, read_profile
 
 PROFILE = config.get("profile", "quick")
 SETTINGS = read_profile(PROFILE)
 RUN = f"runs/{Path(PROFILE).stem}"
 # Hub ids hold a slash, file names can't.
 MODELS = {name.replace("/", "--"): name for name in SETTINGS.models}
-EVOLVE = {"role_play": "04_evolve_role_play", "tool_use": "05_evolve_tool_use", "collusion": "06_evolve_collusion"}
 # `make reproduce URLS=...`: servers that answer all evolutions (docs/servers.md). They are no `params`, so that a
 # finished run isn't asked again for having been asked elsewhere.
 URLS, KEY = str(config.get("urls") or ""), str(config.get("key_variable") or "")
@@ -32,9 +31,6 @@ MODULES = {
     + ["openai_engine", "openai_wire"],
     "figures": ["plots", "stats", "tables", "tipping", "tool_tables"],
 }
-
-
-FIGURES = ["08_figures"] + (["07_heatmaps"] if "collusion" in SETTINGS.scenarios else [])
 
 
 def modules(step):
@@ -62,7 +58,7 @@ wildcard_constraints:
 
 rule all:
     input:
-        expand(f"{RUN}/figures/{{book}}.done", book=FIGURES),
+        expand(f"{RUN}/figures/{{book}}.done", book=SETTINGS.figures),
     default_target: True
 
 
@@ -90,7 +86,7 @@ rule data:
 
 rule align:
     input:
-        lambda w: f"notebooks/{'02_align_dpo' if w.method == 'dpo' else '03_align_grpo'}.ipynb",
+        lambda w: f"notebooks/{ALIGN[w.method]}.ipynb",
         f"{RUN}/data/{{scenario}}/train.jsonl",
         "atp_utils/{scenario}.py",
         lambda w: [*modules("tool_use"), "atp_utils/tool_pairs.py"] if w.scenario == "tool_use" else [],
@@ -99,9 +95,7 @@ rule align:
         f"{RUN}/adapters/{{scenario}}/{{model}}/{{method}}/manifest.json",
     params:
         name=lambda w: MODELS[w.model],
-        settings=lambda w: SETTINGS.parameters(
-            "02_align_dpo" if w.method == "dpo" else "03_align_grpo", w.scenario, MODELS[w.model]
-        ),
+        settings=lambda w: SETTINGS.parameters(ALIGN[w.method], w.scenario, MODELS[w.model]),
         out=f"{RUN}/adapters/{{scenario}}/{{model}}/{{method}}",
     log:
         notebook=f"{RUN}/notebooks/align-{{scenario}}-{{model}}-{{method}}.ipynb",

@@ -6,7 +6,7 @@ Invalid is a third outcome: it is counted and shown, and never turned into one o
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 import pandas as pd
@@ -128,7 +128,7 @@ def to_frame(decisions: Iterable[Decision], *, model: str, arm: str) -> pd.DataF
     Nullable dtypes keep a missing value distinct from False and 0.
     """
     dtypes = {field.name: _DTYPES[(get_args(field.type) or (field.type,))[0]] for field in fields(Decision)}
-    frame = pd.DataFrame([asdict(decision) for decision in decisions], columns=list(dtypes)).astype(dtypes)
+    frame = pd.DataFrame([vars(decision) for decision in decisions], columns=list(dtypes)).astype(dtypes)
     frame.insert(0, "arm", pd.Series(arm, index=frame.index, dtype="string"))
     frame.insert(0, "model", pd.Series(model, index=frame.index, dtype="string"))
     return frame

@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import time
 from collections import Counter
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ class Journal:
     """Append-only store of replies in ``folder``; one process at a time (raises RuntimeError otherwise).
 
     A line that a crash cut short is dropped on opening; a damaged line elsewhere raises ValueError with its
-    number. Replies that a changed configuration no longer asks for stay in the file, unused. ``chats`` holds the
-    different contents that were asked, which is what a model has to compute.
+    number. Replies that a changed configuration no longer asks for stay in the file, unused. ``chats`` holds
+    digests of the different contents that were asked: as many chats as a model has to compute.
     """
 
     def __init__(self, folder: Path):
@@ -53,7 +52,7 @@ class Journal:
             raise RuntimeError(f"{shown(self.path)} is in use by another run") from None
         self._replies = read_replies(self.path, repair=True)
         self.used: set[str] = set()
-        self.chats: set[str] = set()
+        self.chats: set[bytes] = set()
         self.replayed = self.paid = 0
 
     def get(self, digest: str) -> Reply | None:
@@ -66,7 +65,7 @@ class Journal:
 
     def put(self, digest: str, request: Request, reply: Reply) -> None:
         """Append a reply; raises OSError naming the file if it can't be written, earlier ones being kept."""
-        entry = {"digest": digest, "key": request.key, **asdict(reply)}
+        entry = {"digest": digest, "key": request.key, **vars(reply)}
         line = (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
         end = os.fstat(self._file).st_size
         try:

@@ -6,6 +6,7 @@ checked here, before anything starts.
 """
 
 import json
+from ast import literal_eval
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,10 @@ from atp_utils.openai_wire import checked_url
 
 NOTEBOOKS = Path("notebooks")
 PROFILES = Path("profiles")
+
+# Which notebook aligns by which method, and which lets which scenario evolve: the pipeline's and the plan's one list.
+ALIGN = {"dpo": "02_align_dpo", "grpo": "03_align_grpo"}
+EVOLVE = {"role_play": "04_evolve_role_play", "tool_use": "05_evolve_tool_use", "collusion": "06_evolve_collusion"}
 
 Scenario = Literal["role_play", "tool_use", "collusion"]
 Arm = Literal["base", "dpo", "grpo"]
@@ -100,18 +105,18 @@ TYPES: dict[str, Any] = {
 
 
 @cache
-def names_of(notebook: str) -> tuple[str, ...]:
-    """Parameter names of ``notebooks/<notebook>.ipynb``, in the order of its tagged cell."""
+def defaults_of(notebook: str) -> Mapping[str, Any]:
+    """Parameters of ``notebooks/<notebook>.ipynb`` and their values there, in the order of its tagged cell."""
     path = resolve(NOTEBOOKS / f"{notebook}.ipynb")
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in resolve(NOTEBOOKS).glob("*.ipynb")))
         raise FileNotFoundError(f"no notebook {notebook!r} in {NOTEBOOKS} (there are: {known})")
-    return tuple(papermill.inspect_notebook(str(path)))
+    return {name: literal_eval(found["default"]) for name, found in papermill.inspect_notebook(str(path)).items()}
 
 
 def check(notebook: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` as the notebook takes them; raises ValueError for an unknown name or a wrong value."""
-    names, checked = names_of(notebook), {}
+    names, checked = defaults_of(notebook), {}
     for name, value in values.items():
         if name not in names:
             raise ValueError(f"{notebook} has no parameter {name!r} (it has: {', '.join(names)})")
@@ -143,6 +148,11 @@ class Profile(BaseModel):
     arms: list[Arm] = Field(min_length=1)
     scenarios: list[Scenario] = Field(min_length=1)
     notebooks: dict[str, dict[str, Any]]
+
+    @property
+    def figures(self) -> list[str]:
+        """The notebooks that draw what the scenarios give."""
+        return ["08_figures"] + (["07_heatmaps"] if "collusion" in self.scenarios else [])
 
     def parameters(self, notebook: str, scenario: str | None = None, model: str | None = None) -> dict[str, Any]:
         """Checked parameters of one run: the notebook's, the scenario's, the model's; later ones win."""

@@ -77,6 +77,10 @@ class Training:
         """The training that a notebook's parameters describe: those of ``parameters`` that have a field's name."""
         return cls(**{field.name: parameters[field.name] for field in fields(cls) if field.name in parameters})
 
+    def steps(self, rows: int) -> int:
+        """Optimiser steps of a training on so many rows."""
+        return self.max_steps or max(1, round(self.epochs * rows / (self.batch_size * self.accumulation)))
+
     def share(self, processes: int) -> int:
         """Batches that each of ``processes`` accumulates for a step; raises ValueError where they don't divide."""
         if self.accumulation % processes:
@@ -217,8 +221,7 @@ def grpo_arguments(checkpoints: Path, rows: list[dict], training: Training, toke
 
 def _common(checkpoints: Path, rows: list[dict], training: Training) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
-    step_rows = training.batch_size * training.accumulation
-    steps = training.max_steps or max(1, round(training.epochs * len(rows) / step_rows))
+    steps = training.steps(len(rows))
     return {
         "output_dir": str(checkpoints),
         "learning_rate": training.learning_rate,

@@ -9,12 +9,12 @@ PROFILES = sorted(path.stem for path in resolve("profiles").glob("*.yaml"))
 
 @pytest.mark.parametrize("book", BOOKS)
 def test_every_parameter_of_every_notebook_has_a_type(book):
-    names = parameters.names_of(book)
+    names = parameters.defaults_of(book)
     assert names and set(names) <= set(parameters.TYPES)
 
 
 def test_no_type_is_without_a_parameter():
-    assert set(parameters.TYPES) == {name for book in BOOKS for name in parameters.names_of(book)}
+    assert set(parameters.TYPES) == {name for book in BOOKS for name in parameters.defaults_of(book)}
 
 
 @pytest.mark.parametrize("name", PROFILES)
