@@ -84,6 +84,7 @@ TYPES: dict[str, Any] = {
     "top_p": Annotated[float, Number, Field(gt=0, le=1)],
     "top_k": Natural,
     "thinking": bool,
+    "keep_thinking": bool,
     "pairs": Literal["answers", "elicited", "solutions"],
     "samples_per_problem": Positive,
     "max_pairs": Positive,
