@@ -2,10 +2,23 @@
 PYTHON ?= python3
 PROFILE ?= quick
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+EXECUTOR ?= local
+# Partition, account and sizes of a cluster's jobs; a copy elsewhere keeps settings of your own.
+SLURM_PROFILE ?= profiles/slurm
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+CLUSTER_INSTALLED := .venv/.installed-cluster
+# PROFILE may be a file: its run has the file's name.
+RUN = runs/$(basename $(notdir $(PROFILE)))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::FutureWarning,ignore::DeprecationWarning
+
+# On one machine a model job takes all cores, so that models run one after the other.
+SNAKEMAKE_local = --cores $(CORES) --set-threads align=$(CORES) evolve=$(CORES)
+SNAKEMAKE_slurm = --workflow-profile $(SLURM_PROFILE) --slurm-logdir $(CURDIR)/$(RUN)/slurm
+ifeq ($(SNAKEMAKE_$(EXECUTOR)),)
+$(error EXECUTOR=$(EXECUTOR): expected local or slurm)
+endif
 
 # Outputs of these notebooks follow from committed files alone, so they must come out the same.
 STRICT := 01_generate_data 08_figures
@@ -14,7 +27,7 @@ NBVAL := ATP_PROGRESS=/dev/null $(BIN)/python -m pytest -p no:cacheprovider --ti
 	--nbval-cell-timeout 300 --nbval-sanitize-with tests/notebooks/sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help install model plan reproduce test lab bench notebooks publish clean
+.PHONY: help install model plan reproduce test test-cluster lab bench notebooks publish clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +39,10 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
+$(CLUSTER_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,cluster]'
+	@touch $@
+
 model: $(INSTALLED) ## fetch and convert the embedded model
 	@$(BIN)/python -c "from atp_utils import models, shown; print('model:', shown(models.prepare_embedded()))"
 
@@ -34,9 +51,9 @@ plan: model ## print a profile's jobs, tokens, GPU hours and memory; runs nothin
 
 # --nolock: a killed run would leave its lock behind, and each run folder has a lock of its own.
 # URLS, with commas between, are servers that answer in place of this machine: docs/servers.md.
-reproduce: model ## run a profile (PROFILE=quick|laptop|paper), then print its tables
-	$(BIN)/snakemake --cores $(CORES) --config profile=$(PROFILE) urls=$(URLS) key_variable=$(KEY_VARIABLE) --rerun-incomplete --nolock --quiet host reason
-	@$(BIN)/python -m atp_utils.report runs/$(PROFILE)
+reproduce: model $(if $(filter slurm,$(EXECUTOR)),$(CLUSTER_INSTALLED)) ## run a profile (PROFILE=quick|laptop|paper, EXECUTOR=local|slurm), then print its tables
+	$(BIN)/snakemake $(SNAKEMAKE_$(EXECUTOR)) --config profile=$(PROFILE) urls=$(URLS) key_variable=$(KEY_VARIABLE) --rerun-incomplete --nolock --quiet host reason
+	@$(BIN)/python -m atp_utils.report $(RUN)
 
 test: model ## ruff, pytest and the notebooks by nbval
 	$(BIN)/ruff check .
@@ -44,6 +61,9 @@ test: model ## ruff, pytest and the notebooks by nbval
 	$(BIN)/python -m pytest
 	$(NBVAL) --nbval $(foreach book,$(STRICT),notebooks/$(book).ipynb)
 	$(NBVAL) --nbval-lax $(filter-out $(foreach book,$(STRICT),notebooks/$(book).ipynb),$(wildcard notebooks/*.ipynb))
+
+test-cluster: model $(CLUSTER_INSTALLED) ## run the pipeline on a one-node Slurm that it sets up (root, Debian)
+	$(BIN)/python -m pytest -p no:cacheprovider --timeout 0 -v tests/cluster/check_cluster.py
 
 lab: model ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
@@ -55,7 +75,7 @@ notebooks: model ## execute the notebooks in place, with their own defaults
 	ATP_PROGRESS=/dev/null $(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
 
 publish: $(INSTALLED) ## copy a profile's complete runs to data/results
-	$(BIN)/python -m atp_utils.report runs/$(PROFILE) --publish data/results/$(PROFILE)
+	$(BIN)/python -m atp_utils.report $(RUN) --publish data/results/$(notdir $(RUN))
 
 clean: ## remove what runs made (keeps .venv and models)
 	rm -rf runs

@@ -2,12 +2,20 @@
 
 `make reproduce PROFILE=quick` calls it. Results go to runs/PROFILE. A manifest, written last by the notebook,
 is each step's output; the executed notebook is its log, so that a failed one is kept for reading.
+
+A job runs again when its inputs, its parameters or its code change. Code is a digest without prose: an edited
+markdown cell or docstring reruns no model. A job that does run again replays its journal, or takes its finished
+adapter, as far as they still fit.
+
+Resources are for a cluster (docs/cluster.md): runtime in minutes, mem_mb the host's memory, gpu the GPUs of a job.
+profiles/slurm overrides them.
 """
 
 import json
 import shlex
 from pathlib import Path
 
+from atp_utils.code_digest import code_digest
 from atp_utils.parameters import ALIGN, EVOLVE, check, read_profile
 
 PROFILE = config.get("profile", "quick")
@@ -24,17 +32,30 @@ SERVED = " ".join(f"-p {name} {shlex.quote(json.dumps(value))}" for name, value 
 PROMPTS = {name: f"{RUN}/data/{name}/test.jsonl" for name in ("role_play", "tool_use")}
 PROMPTS |= {"collusion": "data/environments/collusion.yaml"}
 MODULES = {
-    "data": ["files", "role_play", "collusion", "tool_items", "problems", "problem_families", "problem_templates"],
+    "data": ["files", "role_play", "collusion", "tool_items", "problems", "problem_filters", "problem_templates"]
+    + ["problem_families", "problem_families_algebra", "problem_registry"],
     "tool_use": ["answers", "sandbox", "tool_calls", "tool_items"],
-    "align": ["align", "train", "models", "protocol", "engine"],
+    "align": ["align", "train", "launch", "memory", "models", "protocol", "engine"],
     "evolve": ["decisions", "engine", "engines", "evolve", "journal", "models", "protocol", "transformers_engine"]
-    + ["openai_engine", "openai_wire"],
+    + ["kv_cache", "openai_engine", "openai_wire"],
     "figures": ["plots", "stats", "tables", "tipping", "tool_tables"],
 }
 
 
 def modules(step):
     return [f"atp_utils/{name}.py" for name in MODULES[step]]
+
+
+def align_code(wildcards):
+    pairs = [*modules("tool_use"), "atp_utils/tool_pairs.py"] if wildcards.scenario == "tool_use" else []
+    book = f"notebooks/{ALIGN[wildcards.method]}.ipynb"
+    return code_digest(book, f"atp_utils/{wildcards.scenario}.py", *pairs, *modules("align"))
+
+
+def evolve_code(wildcards):
+    tools = modules("tool_use") if wildcards.scenario == "tool_use" else []
+    book = f"notebooks/{EVOLVE[wildcards.scenario]}.ipynb"
+    return code_digest(book, f"atp_utils/{wildcards.scenario}.py", *tools, *modules("evolve"))
 
 
 def adapter_manifest(wildcards):
@@ -64,8 +85,6 @@ rule all:
 
 rule data:
     input:
-        "notebooks/01_generate_data.ipynb",
-        modules("data"),
         "data/environments/role_play.yaml",
         "data/environments/collusion.yaml",
     output:
@@ -75,25 +94,28 @@ rule data:
         f"{RUN}/data/tool_use/train.jsonl",
         f"{RUN}/data/tool_use/test.jsonl",
     params:
+        notebook="notebooks/01_generate_data.ipynb",
+        code=code_digest("notebooks/01_generate_data.ipynb", *modules("data")),
         settings=SETTINGS.parameters("01_generate_data"),
     log:
         notebook=f"{RUN}/notebooks/01_generate_data.ipynb",
     message:
         "data: {RUN}/data"
+    resources:
+        mem_mb=8000,
+        runtime=120,
     shell:
-        "python -m atp_utils.run {input[0]} {log.notebook} --profile {PROFILE} -p out {RUN}/data"
+        "python -m atp_utils.run {params.notebook} {log.notebook} --profile {PROFILE} -p out {RUN}/data"
 
 
 rule align:
     input:
-        lambda w: f"notebooks/{ALIGN[w.method]}.ipynb",
         f"{RUN}/data/{{scenario}}/train.jsonl",
-        "atp_utils/{scenario}.py",
-        lambda w: [*modules("tool_use"), "atp_utils/tool_pairs.py"] if w.scenario == "tool_use" else [],
-        modules("align"),
     output:
         f"{RUN}/adapters/{{scenario}}/{{model}}/{{method}}/manifest.json",
     params:
+        notebook=lambda w: f"notebooks/{ALIGN[w.method]}.ipynb",
+        code=align_code,
         name=lambda w: MODELS[w.model],
         settings=lambda w: SETTINGS.parameters(ALIGN[w.method], w.scenario, MODELS[w.model]),
         out=f"{RUN}/adapters/{{scenario}}/{{model}}/{{method}}",
@@ -101,24 +123,27 @@ rule align:
         notebook=f"{RUN}/notebooks/align-{{scenario}}-{{model}}-{{method}}.ipynb",
     message:
         "align: {wildcards.method} of {params.name} on {wildcards.scenario}"
-    # One model at a time: two of them on the same cores or GPU are slower than one after the other.
-    threads: workflow.cores or 1
+    # On one machine `make reproduce` gives a model job all cores: two at a time on the same cores or GPU are slower
+    # than one after the other.
+    threads: 8
+    resources:
+        gpu=1,
+        mem_mb=64000,
+        runtime=1440,
     shell:
-        "python -m atp_utils.run {input[0]} {log.notebook} --profile {PROFILE} -p model {params.name}"
+        "python -m atp_utils.run {params.notebook} {log.notebook} --profile {PROFILE} -p model {params.name}"
         " -p scenario {wildcards.scenario} -p data {RUN}/data -p out {params.out}"
 
 
 rule evolve:
     input:
-        lambda w: f"notebooks/{EVOLVE[w.scenario]}.ipynb",
         lambda w: PROMPTS[w.scenario],
-        "atp_utils/{scenario}.py",
-        lambda w: modules("tool_use") if w.scenario == "tool_use" else [],
         adapter_manifest,
-        modules("evolve"),
     output:
         f"{RUN}/evolution/{{scenario}}/{{model}}/{{arm}}/manifest.json",
     params:
+        notebook=lambda w: f"notebooks/{EVOLVE[w.scenario]}.ipynb",
+        code=evolve_code,
         name=lambda w: MODELS[w.model],
         settings=lambda w: SETTINGS.parameters(EVOLVE[w.scenario], None, MODELS[w.model]),
         adapter=adapter,
@@ -128,9 +153,13 @@ rule evolve:
         "evolve: {wildcards.scenario}, {params.name}, {wildcards.arm}"
     log:
         notebook=f"{RUN}/notebooks/evolve-{{scenario}}-{{model}}-{{arm}}.ipynb",
-    threads: workflow.cores or 1
+    threads: 8
+    resources:
+        gpu=1,
+        mem_mb=64000,
+        runtime=1440,
     shell:
-        "python -m atp_utils.run {input[0]} {log.notebook} --profile {PROFILE} -p model {params.name}"
+        "python -m atp_utils.run {params.notebook} {log.notebook} --profile {PROFILE} -p model {params.name}"
         " -p arm {wildcards.arm} -p adapter '{params.adapter}' -p out {params.out} {params.data} {SERVED}"
 
 
@@ -150,5 +179,8 @@ rule figures:
         notebook=f"{RUN}/notebooks/{{book}}.ipynb",
     message:
         "figures: {wildcards.book}"
+    resources:
+        mem_mb=8000,
+        runtime=60,
     shell:
         "python -m atp_utils.run {input[0]} {log.notebook} -p results {RUN}/evolution -p figures {RUN}/figures"

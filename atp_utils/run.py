@@ -23,8 +23,7 @@ def run(notebook: str | Path, out: str | Path, values: dict) -> None:
     source, target = resolve(notebook), resolve(out)
     checked = parameters.check(source.stem, values)
     target.parent.mkdir(parents=True, exist_ok=True)
-    terminal = Path(f"/proc/{os.getpid()}/fd/2")
-    os.environ.setdefault("ATP_PROGRESS", str(terminal) if terminal.exists() else os.devnull)
+    os.environ.setdefault("ATP_PROGRESS", progress_file())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.getLogger("papermill").setLevel(logging.WARNING)
     # Sockets in a folder of this user's own; TCP ports on a shared machine are anybody's.
@@ -33,6 +32,19 @@ def run(notebook: str | Path, out: str | Path, values: dict) -> None:
         papermill.execute_notebook(
             str(source), str(target), checked, progress_bar=False, cwd=str(ROOT), config=transport
         )
+
+
+def progress_file() -> str:
+    """This process's stderr as a path that the notebook's kernel can open: a terminal, a log file or a pipe.
+
+    A socket, as ssh without a terminal and service managers have it, can't be opened: no progress is shown then.
+    """
+    path = f"/proc/{os.getpid()}/fd/2"
+    try:
+        with open(path, "a"):
+            return path
+    except OSError:
+        return os.devnull
 
 
 def main(arguments: list[str] | None = None) -> int:
