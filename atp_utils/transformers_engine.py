@@ -47,15 +47,22 @@ class _Row:
 
 
 class _Gumbel(LogitsProcessor):
-    """Adds Gumbel noise from each row's own generator: the argmax is then an exact sample, seeded by row."""
+    """Adds Gumbel noise from each row's own generator: the argmax is then an exact sample, seeded by row.
+
+    The noise is drawn where the scores are: on a CPU it would take some 20 ns an entry, with 100 rows and a large
+    vocabulary more than ten times as long as a GPU's decoding step.
+    """
 
     def __init__(self, seeds: Sequence[int]):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.seeds, self.generators = seeds, []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        width = scores.shape[-1]
-        noise = torch.stack([-torch.empty(width).exponential_(generator=g).log() for g in self.generators])
-        return scores.float() + noise.to(scores.device)
+        if not self.generators:
+            self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() - noise.log_()
 
 
 class TransformersEngine:
