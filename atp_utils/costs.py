@@ -6,7 +6,7 @@ device's peak a program reaches is an assumption, kept apart in `Assumptions` so
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -138,7 +138,7 @@ class Assumptions:
 
     ``mfu`` is of the peak operations (reading prompts, training), ``bandwidth`` of the peak memory bandwidth
     (decoding). A step of decoding takes ``step_seconds`` at least (kernel launches of eager transformers), and
-    ``draw_seconds`` a row and vocabulary entry for random numbers, which the in-process engine draws on the CPU.
+    ``draw_seconds`` a row and vocabulary entry for the in-process engine's random numbers (on a CPU, measured).
     """
 
     mfu: float
@@ -155,8 +155,8 @@ DEVICES = {
     "a100": Device("A100 80 GB", 312e12, 2.039e12, 80e9, 16384),
     "cpu": Device("two cores of an AMD EPYC, fitted", 1.27e11, 2.0e10, 8e9, 4096, compact=False),
 }
-_GPU = Assumptions(mfu=0.4, bandwidth=0.6, step_seconds=0.02, draw_seconds=2.2e-8)
-ASSUMED = {"h100": _GPU, "a100": _GPU, "cpu": replace(_GPU, mfu=1.0, bandwidth=1.0, step_seconds=0.0)}
+_GPU = Assumptions(mfu=0.4, bandwidth=0.6, step_seconds=0.02, draw_seconds=0.0)
+ASSUMED = {"h100": _GPU, "a100": _GPU, "cpu": Assumptions(1.0, 1.0, 0.0, 2.2e-8)}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ some per cent. Generated problems stand in for those of the hub. Assumed, not me
   device    {device}: {mfu:.0%} of its operations a second (--mfu)
             and {bandwidth:.0%} of its bandwidth (--bandwidth-share)
   decoding  in process; a step takes {step:.0f} ms at least (--step-ms), and {draw:.0f} ns a row and
-            vocabulary entry for random numbers on the CPU (--draw-ns)
+            vocabulary entry for random numbers (--draw-ns)
 h is the estimate on one device, h max the same with every reply at its limit, GB the memory that
 this would take. How far off such an estimate can be: docs/scale.md. Tokens are in millions:
 prompts as they are sent, fresh what is not kept from the round before, trained in all steps.
