@@ -32,7 +32,8 @@ class Replies:
     """The assumed length of freely written replies, in tokens.
 
     ``written`` is a whole reply, thinking included; None takes a quarter of the job's ``max_new_tokens``, or 64 where
-    that is more. ``visible`` of them enter the history.
+    that is more. ``visible`` of them enter the history (all, with ``keep_thinking``), where they are read anew: what
+    stands after thoughts that were left out has no kept keys and values.
     """
 
     written: int | None = None
@@ -183,6 +184,8 @@ def evolution(
 ) -> Workload:
     """The workload of an evolution notebook with ``settings`` on test ``items`` (collusion makes its own)."""
     how = _protocol(settings)
+    if settings.get("keep_thinking"):
+        replies = replace(replies, visible=settings["max_new_tokens"])
     rounds, seeds = settings["rounds"], settings["seeds"]
     if scenario == "role_play":
         chosen = role_play.spread(list(items), settings["items"])

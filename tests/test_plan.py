@@ -183,6 +183,9 @@ def test_replies_have_the_assumed_length(embedded):
     shorter = replace(load, calls=load.calls[:1]).chats[0]
     grown = min(chat.prompt for chat in load.calls[1]) - max(chat.prompt for chat in load.calls[0])
     assert shorter.prompt > 100 and grown > 30
+    ways = {"protocol": "reason", "thresholds": [4], "seeds": [0], "max_new_tokens": 64, "keep_thinking": True}
+    kept = evolution("collusion", [], **ways)
+    assert min(chat.prompt for chat in kept.calls[1]) == min(chat.prompt for chat in load.calls[1]) + 10
 
 
 def test_dpo_and_grpo_have_the_steps_of_the_trainer(splits, embedded):
