@@ -13,8 +13,8 @@ RUN = runs/$(basename $(notdir $(PROFILE)))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::FutureWarning,ignore::DeprecationWarning
 
-# On one machine a model job takes all cores, so that models run one after the other.
-SNAKEMAKE_local = --cores $(CORES) --set-threads align=$(CORES) evolve=$(CORES)
+# Without a workflow profile Snakemake takes profiles/default.
+SNAKEMAKE_local = --cores $(CORES)
 SNAKEMAKE_slurm = --workflow-profile $(SLURM_PROFILE) --slurm-logdir $(CURDIR)/$(RUN)/slurm
 ifeq ($(SNAKEMAKE_$(EXECUTOR)),)
 $(error EXECUTOR=$(EXECUTOR): expected local or slurm)

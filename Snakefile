@@ -7,8 +7,8 @@ A job runs again when its inputs, its parameters or its code change. Code is a d
 markdown cell or docstring reruns no model. A job that does run again replays its journal, or takes its finished
 adapter, as far as they still fit.
 
-Resources are for a cluster (docs/cluster.md): runtime in minutes, mem_mb the host's memory, gpu the GPUs of a job.
-profiles/slurm overrides them.
+Threads and resources are for a cluster (docs/cluster.md): runtime in minutes, mem_mb the host's memory, gpu the GPUs of
+a job. profiles/slurm can change them; profiles/default gives a model job all cores of one machine.
 """
 
 import json
@@ -123,8 +123,6 @@ rule align:
         notebook=f"{RUN}/notebooks/align-{{scenario}}-{{model}}-{{method}}.ipynb",
     message:
         "align: {wildcards.method} of {params.name} on {wildcards.scenario}"
-    # On one machine `make reproduce` gives a model job all cores: two at a time on the same cores or GPU are slower
-    # than one after the other.
     threads: 8
     resources:
         gpu=1,

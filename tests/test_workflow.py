@@ -1,6 +1,7 @@
 """What makes the workflow run a job again, on a copy of the repository whose jobs count as done."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -42,7 +43,7 @@ def finished(tmp_path_factory):
             path = root / line.split("\t")[0]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-    snakemake(root, "--touch")
+    snakemake(root, "--touch", "--forceall")
     return root
 
 
@@ -82,21 +83,33 @@ def test_code_reruns_what_depends_on_it(finished):
     assert jobs(finished) == {"align": 6, "evolve": 7, "figures": 2}
 
 
+def asked(root, *arguments):
+    """Rule -> resources and threads of its jobs, as a dry run on 16 cores prints them."""
+    # A rule's message would be printed in place of them.
+    plain = root / "Snakefile.plain"
+    plain.write_text(re.sub(r"    message:\n.*\n", "", (root / "Snakefile").read_text()))
+    text = snakemake(root, "--snakefile", str(plain), "--dry-run", "--forceall", "--cores", "16", *arguments)
+    needs = {}
+    for block in text.split("\nrule ")[1:]:
+        rule, lines = block.partition(":")[0], [line.strip() for line in block.splitlines()]
+        given = next(line for line in lines if line.startswith("resources:")).removeprefix("resources:")
+        needs[rule] = dict(part.strip().split("=") for part in given.split(","))
+        needs[rule]["threads"] = next((line.split()[1] for line in lines if line.startswith("threads:")), "1")
+    del needs["all"]
+    return needs
+
+
 def test_model_jobs_carry_what_a_cluster_must_give(finished):
-    text = snakemake(finished, "--dry-run", "--forceall", "--cores", "16")
-    asked = {}
-    for block in text.split("\n\n"):
-        lines = [line.strip() for line in block.splitlines()]
-        for rule in ("data", "align", "evolve", "figures"):
-            if any(line.startswith(f"{rule}:") or line == f"rule {rule}:" for line in lines):
-                given = next(line for line in lines if line.startswith("resources:"))
-                asked[rule] = dict(part.split("=") for part in given.removeprefix("resources:").strip().split(", "))
-                asked[rule]["threads"] = next((line.split()[1] for line in lines if line.startswith("threads:")), "1")
-    assert {rule: needs.get("gpu") for rule, needs in asked.items()} == {
-        "data": None, "align": "1", "evolve": "1", "figures": None
-    }  # fmt: skip
-    assert all(int(needs["mem_mb"]) > 0 and int(needs["runtime"]) > 0 for needs in asked.values())
-    assert asked["align"]["threads"] == asked["evolve"]["threads"] == "8"
+    needs = asked(finished, "--workflow-profile", "none")
+    gpus = {"data": None, "align": "1", "evolve": "1", "figures": None}
+    assert {rule: given.get("gpu") for rule, given in needs.items()} == gpus
+    assert all(int(given["mem_mb"]) > 0 and int(given["runtime"]) > 0 for given in needs.values())
+    assert needs["align"]["threads"] == needs["evolve"]["threads"] == "8"
+
+
+def test_on_one_machine_a_model_job_takes_all_cores(finished):
+    threads = {rule: given["threads"] for rule, given in asked(finished).items()}
+    assert threads == {"data": "1", "align": "16", "evolve": "16", "figures": "1"}
 
 
 @pytest.mark.parametrize(
