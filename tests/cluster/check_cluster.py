@@ -26,7 +26,7 @@ RECORD = Path("/run/atp-slurm/jobs.log")
 MODEL = "smollm2-135m"
 FAILS, TOO_LONG = f"align/collusion_{MODEL}_grpo", f"align/role_play_{MODEL}_dpo"
 CUT_TRAINING, CUT_EVOLUTION = f"align/tool_use_{MODEL}_dpo", f"evolve/role_play_{MODEL}_base"
-CHECKPOINTS = RUN / f"adapters/tool_use/{MODEL}/dpo/checkpoints"
+CHECKPOINTS = RUN / f"adapters/tool_use/{MODEL}/dpo/checkpoints/whole"
 REPLIES = RUN / f"evolution/role_play/{MODEL}/base/replies.jsonl"
 MARK = 123.0
 
@@ -175,7 +175,7 @@ def test_the_next_call_runs_what_is_missing(second):
 
 
 def test_the_cut_training_went_on_from_its_checkpoint(second):
-    log = pd.read_csv(CHECKPOINTS.parent / "training_log.csv")
+    log = pd.read_csv(CHECKPOINTS.parents[1] / "training_log.csv")
     assert list(log["step"]) == list(range(1, 31)) and log["loss"][0] == MARK
 
 
