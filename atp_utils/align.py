@@ -9,19 +9,12 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from atp_utils.decisions import answer_json, parse_choice, split_thinking
-from atp_utils.engine import Message, Request, derive_seed
+from atp_utils.engine import Message, Request, derive_seed, render
 from atp_utils.protocol import Protocol
 
 COMPLIANT_REWARD, DEVIANT_REWARD, INVALID_REWARD = 1.0, 0.1, 0.0
 
 Opening = Callable[[Any, Protocol], list[Message]]
-
-
-def render(tokenizer: Any, messages: Sequence[Message], thinking: bool = False) -> str:
-    """A chat as the text that the model continues, exactly as the engine renders it."""
-    return tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-    )
 
 
 def answer_pairs(items: Sequence, opening: Opening, tokenizer: Any, protocol: Protocol) -> list[dict[str, str]]:
@@ -62,10 +55,14 @@ def _elicit(item: Any, plain: list[Message], option: str, attempt: int, seed: in
     return Request("/".join(key), messages, derive_seed(*key), sampling=protocol.sampling)
 
 
-def elicited_pairs(found: Sequence[dict], tokenizer: Any, protocol: Protocol) -> list[dict[str, str]]:
-    """DPO rows from `elicitation`'s results; items without both completions are left out."""
+def elicited_pairs(found: Sequence[dict], tokenizer: Any) -> list[dict[str, str]]:
+    """DPO rows from `elicitation`'s results; items without both completions are left out.
+
+    The completions are without thinking, and so is the prompt's mode: behind a prompt that asks for thinking they
+    would train the model to leave it out.
+    """
     return [
-        {**pair, "prompt": render(tokenizer, pair["prompt"], protocol.sampling.thinking)}
+        {**pair, "prompt": render(tokenizer, pair["prompt"])}
         for pair in found
         if pair["chosen"] is not None and pair["rejected"] is not None
     ]

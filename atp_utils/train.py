@@ -260,12 +260,22 @@ def _parts(model: str, rows: list[dict], training: Training) -> dict[str, Any]:
     lora = LoraConfig(r=training.lora_rank, lora_alpha=2 * training.lora_rank, target_modules="all-linear")
     weights = models.load_weights(model)
     weights.config._name_or_path = weights.name_or_path = model
+    tokenizer = models.load_tokenizer(model)
     return {
         "model": weights,
-        "train_dataset": Dataset.from_list(rows),
-        "processing_class": models.load_tokenizer(model),
+        "train_dataset": Dataset.from_list([_for_trl(row, tokenizer) for row in rows]),
+        "processing_class": tokenizer,
         "peft_config": lora,
     }
+
+
+def _for_trl(row: dict, tokenizer: Any) -> dict:
+    """``row`` with a prompt that TRL tokenises to what the engine reads.
+
+    TRL lets the tokenizer put its beginning-of-text token before any text; Llama's templates wrote it already.
+    """
+    adds_its_own = tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+    return {**row, "prompt": row["prompt"].removeprefix(tokenizer.bos_token)} if adds_its_own else row
 
 
 def _layout() -> str:

@@ -62,7 +62,7 @@ def test_elicited_pairs_leave_the_added_instruction_out(splits, tokenizer, tmp_p
         found = evolve.run_all(episodes, ScriptedEngine(rule), journal)
     assert journal.paid == 3 + 3
     assert found[1]["rejected"] is None and found[1]["chosen"]
-    [row] = align.elicited_pairs(found, tokenizer, protocol)
+    [row] = align.elicited_pairs(found, tokenizer)
     assert row["chosen"] == f"I reason. {answer_json(items[0].compliant)}"
     assert row["rejected"] == f"I reason. {answer_json(items[0].deviant)}"
     assert "exercise" not in row["prompt"] and items[0].prompt in row["prompt"]
