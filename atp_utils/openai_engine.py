@@ -28,7 +28,7 @@ import tenacity
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from atp_utils import openai_wire as wire
-from atp_utils.engine import Reply, Request, collapse, drawn
+from atp_utils.engine import Reply, Request, collapse, drawn, render
 
 WAIT = tenacity.wait_random_exponential(multiplier=0.5, max=30)
 NO_SCORING = {400, 404, 405, 415, 422, 501}
@@ -185,9 +185,7 @@ class OpenAIEngine:
         from atp_utils.models import load_tokenizer
 
         tokenizer = load_tokenizer(self.tokenizer)
-        prompt = tokenizer.apply_chat_template(
-            wire.sendable(request.messages), tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        prompt = render(tokenizer, wire.sendable(request.messages))
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, *request.options)]
         return ids[0], ids[1:]
 

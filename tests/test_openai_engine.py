@@ -286,8 +286,8 @@ def test_thinking_is_kept_apart_from_the_answer(start, message, thinking, answer
 class Letters:
     """A tokenizer with a token a character."""
 
-    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt, enable_thinking):
-        assert add_generation_prompt and not tokenize and not enable_thinking
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt, enable_thinking, date_string):
+        assert add_generation_prompt and not tokenize and not enable_thinking and date_string
         return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant: "
 
     def __call__(self, text, add_special_tokens):
