@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from atp_utils.engine import Message, Reply, Request, Sampling, encodable
+from atp_utils.engine import DATE, Message, Reply, Request, Sampling, encodable
 
 # Not every server takes these; one that a server refuses by name is left out, if the request can do without it.
 OPTIONAL = {"top_k", "generation_config", "chat_template_kwargs", "response_format", "logprobs", "top_logprobs"}
@@ -69,7 +69,7 @@ def chat_body(request: Request, refused: set[str]) -> dict[str, Any]:
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or -1,
-        "chat_template_kwargs": {"enable_thinking": sampling.thinking},
+        "chat_template_kwargs": {"enable_thinking": sampling.thinking, "date_string": DATE},
     }
     if request.options:
         body |= {"logprobs": True, "top_logprobs": 20, **_constraint(request.options)}
