@@ -55,9 +55,11 @@ def settings(tmp_path_factory):
     cluster = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
     for rule in ("data", "align", "evolve", "figures"):
         cluster["set-resources"][rule] = {"gpu": 0, "mem_mb": 2500, "runtime": 600}
-    # The training that is made too long gets two minutes.
-    short = "2 if wildcards.scenario == 'role_play' and wildcards.method == 'dpo' else 600"
-    cluster["set-resources"]["align"]["runtime"] = short
+    # The training that is made too long gets two minutes, those of one scenario the GPU that is one in name only.
+    cluster["set-resources"]["align"]["runtime"] = (
+        "2 if wildcards.scenario == 'role_play' and wildcards.method == 'dpo' else 600"
+    )
+    cluster["set-resources"]["align"]["gpu"] = "1 if wildcards.scenario == 'collusion' else 0"
     cluster["set-threads"] = {"align": 1, "evolve": 1}
     cluster["slurm-init-seconds-before-status-checks"] = 5
     cluster["slurm-keep-successful-logs"] = True
@@ -152,6 +154,14 @@ def test_every_job_that_can_run_does_so_in_slurm(first):
     assert {name: state for name, state in first.states.items() if state != "COMPLETED"} == lost
     # All but the three evolutions whose adapter is missing, and the figures.
     assert Counter(name.split("/")[0] for name in first.states) == {"data": 1, "align": 6, "evolve": 6}
+
+
+def test_jobs_get_the_gpus_they_ask_for(first):
+    command = ["squeue", "--states=all", "--noheader", "--Format=jobid:20,tres-per-job:40"]
+    rows = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    given = {names()[job]: asked for job, asked in map(str.split, rows)}
+    expected = {name: "gres:gpu:1" if name.startswith("align/collusion") else "N/A" for name in first.states}
+    assert {name: given[name] for name in first.states} == expected
 
 
 def test_a_lost_job_is_reported_with_its_logs(first):

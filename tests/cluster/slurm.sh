@@ -6,6 +6,7 @@ set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 STATE=/run/atp-slurm
 CONF=/etc/slurm/slurm.conf
+GRES=/etc/slurm/gres.conf
 MARK="# Written by tests/cluster/slurm.sh"
 
 fail() { echo "slurm.sh: $*" >&2; exit 1; }
@@ -14,6 +15,7 @@ ours() { [ -f $CONF ] && [ "$(head -n 1 $CONF)" = "$MARK" ]; }
 start() {
     [ "$(id -u)" = 0 ] || fail "must be run as root"
     if [ -e $CONF ] && ! ours; then fail "$CONF belongs to another Slurm, which is left as it is"; fi
+    if [ -e $GRES ] && ! ours; then fail "$GRES belongs to another Slurm, which is left as it is"; fi
     stop
     if ! command -v slurmctld munged srun mungekey > /dev/null; then
         command -v apt-get > /dev/null || fail "slurm-wlm and munge are missing, and there is no apt-get"
@@ -29,10 +31,12 @@ start() {
     memory=$(awk '/MemTotal/ {print int($2 / 2048)}' /proc/meminfo)
     sed -e "s|@HOST@|$(hostname -s)|" -e "s|@STATE@|$STATE|" -e "s|@CPUS@|$(nproc)|" -e "s|@MEMORY@|$memory|" \
         "$here/slurm.conf" > $CONF
+    echo "Name=gpu File=/dev/null" > $GRES
     slurmctld
     slurmd
     for _ in $(seq 60); do
-        if sinfo --noheader --format %t 2> /dev/null | grep -q '^idle'; then return; fi
+        if timeout 20 sinfo --noheader --format %t 2> /dev/null | grep -q '^idle'; then return; fi
+        if ! [ -e "/proc/$(cat $STATE/slurmctld.pid)" ]; then break; fi
         sleep 1
     done
     tail -n 20 $STATE/*.log >&2
@@ -52,10 +56,10 @@ stop() {
         end "$STATE/$pid.pid" "$(basename $pid)"
     done
     rm -rf $STATE
-    if ours; then rm $CONF; fi
+    if ours; then rm -f $GRES $CONF; fi
 }
 
-end() { # PIDFILE NAME: end the process if it still is that program, and wait for it
+end() { # PIDFILE NAME: end the process, if it still is that program
     [ -f "$1" ] || return 0
     local pid
     pid=$(cat "$1")
@@ -65,7 +69,8 @@ end() { # PIDFILE NAME: end the process if it still is that program, and wait fo
         [ -d "/proc/$pid" ] || return 0
         sleep 0.2
     done
-    fail "$2 (process $pid) does not end"
+    # slurmd without its controller hardly listens.
+    kill -KILL "$pid"
 }
 
 case "${1:-}" in
