@@ -105,11 +105,11 @@ def _differences(changes: pd.Series, keys: list[str], name: str) -> pd.DataFrame
 
 
 def percent(rate: float, low: float | None = None, high: float | None = None) -> str:
-    """``42.2`` or ``42.2 [33.1, 51.6]`` from fractions; an en dash where there is no value."""
+    """``42.2`` or ``42.2 [33.1, 51.6]`` from fractions, without a sign at 0; an en dash where there is no value."""
     if pd.isna(rate):
         return "–"
-    text = f"{100 * rate:.1f}"
-    return text if low is None or pd.isna(low) else f"{text} [{100 * low:.1f}, {100 * high:.1f}]"
+    text = f"{100 * rate:z.1f}"
+    return text if low is None or pd.isna(low) else f"{text} [{100 * low:z.1f}, {100 * high:z.1f}]"
 
 
 def round_columns(table: pd.DataFrame, by: Sequence[str] = ("model", "arm")) -> pd.DataFrame:
