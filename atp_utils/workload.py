@@ -232,7 +232,7 @@ def _pairs(scenario: str, settings: Mapping, items: Sequence, tokenizer: Any, re
         return (), align.answer_pairs(chosen, opening, tokenizer, how)
     if settings["pairs"] == "elicited":
         found, calls = _run([align.elicitation(item, opening, how, seed) for item in chosen], tokenizer, replies)
-        return calls, align.elicited_pairs(found, tokenizer, how)
+        return calls, align.elicited_pairs(found, tokenizer)
     ways = {"seed": seed, "count": settings["samples_per_problem"]}
     episodes = [tool_pairs.sampling(item, how, run_tool=_printing(item.answer), **ways) for item in chosen]
     found, calls = _run(episodes, tokenizer, replies)
