@@ -1,0 +1,92 @@
+"""Folders that hold results: each carries a marker that says what it holds, and no other folder is written to.
+
+A parameter such as ``out`` can name any folder of a user. One that isn't empty and has no marker isn't ours: it is
+refused by name, before work starts. So is one of ours that holds something else, unless ``overwrite`` is true; what it
+held is then set aside beside it (``.replaced-NAME-1``), never deleted.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from atp_utils import files, resolve, shown
+
+MARKER = ".atp.json"
+ASIDE = ".replaced-"
+
+
+def claim(
+    folder: str | Path,
+    what: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    append: bool = False,
+    parameter: str = "out",
+) -> Path:
+    """``folder`` as an absolute path, made if need be and marked as holding ``what`` (values that JSON has).
+
+    With ``overwrite`` a folder of ours that holds something else is set aside; with ``append`` too it is kept and
+    marked anew, for contents that can lie beside each other. Raises FileExistsError for a folder that isn't ours, or
+    that holds something else, and NotADirectoryError for a file; ``parameter`` is what the user named it by.
+    """
+    path, what = resolve(folder), json.loads(json.dumps(what))
+    held = holds(path, parameter)
+    if held == what:
+        return path
+    if held is not None:
+        if not overwrite:
+            raise FileExistsError(
+                f"{shown(path)} holds something else ({_difference(held, what)}): name another folder by {parameter}, "
+                "or set overwrite to true"
+            )
+        if not append:
+            set_aside(path)
+    files.write_json(path / MARKER, what)
+    return path
+
+
+def holds(folder: Path, parameter: str = "out") -> dict[str, Any] | None:
+    """What the marker of ``folder`` says; None for a folder that is empty or not there. Raises as `claim` does."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{shown(folder)} is a file: name a folder by {parameter}")
+    if (folder / MARKER).is_file():
+        # JSON is YAML, and damage gets an error that names the file.
+        return files.read_yaml(folder / MARKER, dict[str, Any])
+    # A kill may leave half a marker under its temporary name.
+    if folder.is_dir() and any(not entry.name.startswith(f".{Path(MARKER).stem}-") for entry in folder.iterdir()):
+        raise FileExistsError(
+            f"{shown(folder)} isn't empty and wasn't made by this project (no {MARKER} in it): nothing in it is touched; "
+            f"name another folder by {parameter}"
+        )
+    return None
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename ``folder`` to the first free ``.replaced-NAME-N`` beside it; returns the new path."""
+    number = 1
+    while (target := folder.with_name(f"{ASIDE}{folder.name}-{number}")).exists():
+        number += 1
+    return folder.rename(target)
+
+
+def below(folder: Path, name: str) -> Iterator[Path]:
+    """Files called ``name`` below ``folder``, sorted, but none in a hidden folder: those are unfinished or set aside."""
+    for path in sorted(folder.rglob(name)):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1]):
+            yield path
+
+
+def _difference(held: Mapping[str, Any], what: Mapping[str, Any]) -> str:
+    """``name: held, asked`` for what differs between two markers, nested mappings looked into; at most three."""
+    parts = list(_differing(held, what, ""))
+    return "; ".join(parts[:3]) + ("; ..." if len(parts) > 3 else "")
+
+
+def _differing(held: Any, what: Any, name: str) -> Iterator[str]:
+    if isinstance(held, dict) and isinstance(what, dict):
+        for key in [*what, *(key for key in held if key not in what)]:
+            if held.get(key) != what.get(key):
+                yield from _differing(held.get(key), what.get(key), f"{name}.{key}" if name else key)
+    else:
+        yield f"{name}: {str(held)[:60]!r}, asked {str(what)[:60]!r}"
