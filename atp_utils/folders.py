@@ -17,27 +17,22 @@ ASIDE = ".replaced-"
 
 
 def claim(
-    folder: str | Path,
-    what: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-    append: bool = False,
-    parameter: str = "out",
+    folder: str | Path, what: Mapping[str, Any], *, overwrite: bool = False, append: bool = False, name: str = "out"
 ) -> Path:
     """``folder`` as an absolute path, made if need be and marked as holding ``what`` (values that JSON has).
 
     With ``overwrite`` a folder of ours that holds something else is set aside; with ``append`` too it is kept and
     marked anew, for contents that can lie beside each other. Raises FileExistsError for a folder that isn't ours, or
-    that holds something else, and NotADirectoryError for a file; ``parameter`` is what the user named it by.
+    that holds something else, and NotADirectoryError for a file; ``name`` is the parameter that named it.
     """
     path, what = resolve(folder), json.loads(json.dumps(what))
-    held = holds(path, parameter)
+    held = holds(path, name)
     if held == what:
         return path
     if held is not None:
         if not overwrite:
             raise FileExistsError(
-                f"{shown(path)} holds something else ({_difference(held, what)}): name another folder by {parameter}, "
+                f"{shown(path)} holds something else ({_difference(held, what)}): name another folder by {name}, "
                 "or set overwrite to true"
             )
         if not append:
@@ -46,20 +41,27 @@ def claim(
     return path
 
 
-def holds(folder: Path, parameter: str = "out") -> dict[str, Any] | None:
+def holds(folder: Path, name: str = "out") -> dict[str, Any] | None:
     """What the marker of ``folder`` says; None for a folder that is empty or not there. Raises as `claim` does."""
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{shown(folder)} is a file: name a folder by {parameter}")
+        raise NotADirectoryError(f"{shown(folder)} is a file: name a folder by {name}")
     if (folder / MARKER).is_file():
-        # JSON is YAML, and damage gets an error that names the file.
-        return files.read_yaml(folder / MARKER, dict[str, Any])
+        return read_marker(folder)
     # A kill may leave half a marker under its temporary name.
     if folder.is_dir() and any(not entry.name.startswith(f".{Path(MARKER).stem}-") for entry in folder.iterdir()):
         raise FileExistsError(
-            f"{shown(folder)} isn't empty and wasn't made by this project (no {MARKER} in it): nothing in it is touched; "
-            f"name another folder by {parameter}"
+            f"{shown(folder)} isn't empty and wasn't made by this project (it has no {MARKER}): nothing in it is "
+            f"touched; name another folder by {name}"
         )
     return None
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """The marker of a folder of ours; raises ValueError where it is damaged."""
+    try:
+        return dict(json.loads((folder / MARKER).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{shown(folder / MARKER)} is damaged ({error}): name another folder") from None
 
 
 def set_aside(folder: Path) -> Path:
@@ -71,7 +73,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def below(folder: Path, name: str) -> Iterator[Path]:
-    """Files called ``name`` below ``folder``, sorted, but none in a hidden folder: those are unfinished or set aside."""
+    """Files called ``name`` below ``folder``, sorted; none in a hidden folder, which is unfinished or set aside."""
     for path in sorted(folder.rglob(name)):
         if not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1]):
             yield path

@@ -10,8 +10,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from atp_utils.decisions import answer_json, parse_choice, split_thinking
 from atp_utils.engine import Message, Request, Sampling, derive_seed, normalise
+from atp_utils.parsing import answer_json, parse_choice, split_thinking
 
 Name = Literal["choose", "reason"]
 

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 
 from atp_utils.answers import boxed, extract_answer, parse_number, visible
-from atp_utils.decisions import ends_thinking, split_thinking
 from atp_utils.engine import Reply, Request, encodable
 from atp_utils.journal import Journal
+from atp_utils.parsing import ends_thinking, split_thinking
 from atp_utils.sandbox import ToolResult
 
 RunTool = Callable[[str], ToolResult]

@@ -24,8 +24,8 @@ from typing import Any
 from scipy.special import expit
 
 from atp_utils.answers import is_correct
-from atp_utils.decisions import parse_choice, split_thinking
 from atp_utils.engine import Message, Request, derive_seed
+from atp_utils.parsing import parse_choice, split_thinking
 from atp_utils.protocol import Protocol
 from atp_utils.tool_calls import Call, RunTool, printed_answer, read_answer, read_call
 from atp_utils.tool_items import Item

@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from atp_utils.answers import is_correct
-from atp_utils.decisions import Decision, split_thinking
+from atp_utils.decisions import Decision
 from atp_utils.engine import Message, Request, derive_seed
 from atp_utils.evolve import Answered, Episode
+from atp_utils.parsing import split_thinking
 from atp_utils.protocol import Protocol, Question, decide
 from atp_utils.tool_calls import Call, RunTool, Tally, read_answer, read_call, result_message
 from atp_utils.tool_items import POLICIES, Item, Setting, blocks

@@ -16,9 +16,9 @@ from typing import Any
 
 from atp_utils import align, collusion, evolve, role_play, tool_items, tool_pairs, tool_use, train
 from atp_utils.costs import Chat
-from atp_utils.decisions import answer_json
 from atp_utils.engine import Reply, Request, Sampling, ScriptedEngine, collapse, render
 from atp_utils.journal import Journal
+from atp_utils.parsing import answer_json
 from atp_utils.protocol import Protocol
 from atp_utils.sandbox import ToolResult
 from atp_utils.scenarios import SCENARIOS

@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 
 from atp_utils import align, evolve, models, role_play, train
-from atp_utils.decisions import answer_json
 from atp_utils.engine import Sampling, ScriptedEngine
 from atp_utils.journal import Journal
+from atp_utils.parsing import answer_json
 from atp_utils.protocol import Protocol
 
 CHOOSE = Protocol("choose")

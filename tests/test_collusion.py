@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atp_utils import collusion, evolve, files, models, resolve
-from atp_utils.decisions import answer_json, to_frame
+from atp_utils.decisions import to_frame
 from atp_utils.engine import Sampling, ScriptedEngine
 from atp_utils.journal import Journal
+from atp_utils.parsing import answer_json
 from atp_utils.protocol import Protocol
 
 DEFAULT = (1.2, 1.0, 0.8)

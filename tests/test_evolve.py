@@ -3,9 +3,9 @@
 import pytest
 
 from atp_utils import evolve, role_play
-from atp_utils.decisions import answer_json
 from atp_utils.engine import Reply, Sampling, ScriptedEngine
 from atp_utils.journal import Journal
+from atp_utils.parsing import answer_json
 from atp_utils.protocol import Protocol
 
 CHOOSE = Protocol("choose")

@@ -16,9 +16,9 @@ import tenacity
 from fault_server import KEY, Handler, Server, chat, choice, said
 
 from atp_utils import decisions, evolve, journal, models, openai_engine, role_play
-from atp_utils.decisions import split_thinking
 from atp_utils.engine import Request, Sampling, ScriptedEngine, normalise
 from atp_utils.openai_engine import OpenAIEngine
+from atp_utils.parsing import answer_json, split_thinking
 from atp_utils.protocol import Protocol
 
 YES, NO = '{"choice": "Yes"}', '{"choice": "No"}'
@@ -370,7 +370,7 @@ def test_without_clear_log_probabilities_every_request_gets_its_own_text(start, 
 
 
 def test_a_token_that_begins_several_options_is_ambiguous(start):
-    options = tuple(decisions.answer_json(name) for name in ("Green Gate", "Green Door", "Red Gate"))
+    options = tuple(answer_json(name) for name in ("Green Gate", "Green Door", "Red Gate"))
     clear = {"Green G": 0.3, "Green D": 0.3, "Red": 0.4}
     for table, reason in ((clear, "first_token"), (clear | {"Green": 0.2}, "sampled:stop")):
         server = start(lambda body, table=table: chat(options[2], logprobs=tops(*PREFIX, ("Red", table))))

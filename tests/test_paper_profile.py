@@ -18,8 +18,8 @@ import yaml
 from tiny_models import FAMILIES, HUB_IDS
 
 from atp_utils import ROOT, align, evolve, journal, models, parameters, scenarios, tool_pairs
-from atp_utils.decisions import answer_json
 from atp_utils.engine import Sampling, ScriptedEngine
+from atp_utils.parsing import answer_json
 from atp_utils.protocol import Protocol
 from atp_utils.sandbox import ToolResult
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from atp_utils import files, models, resolve, role_play
-from atp_utils.decisions import answer_json
+from atp_utils.parsing import answer_json
 from atp_utils.protocol import Protocol
 
 

@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 
 from atp_utils import evolve, files, models, tool_items, tool_pairs, tool_tables, tool_use
-from atp_utils.decisions import Decision, answer_json, to_frame
+from atp_utils.decisions import Decision, to_frame
 from atp_utils.engine import Reply, Sampling, ScriptedEngine, collapse
 from atp_utils.journal import Journal
+from atp_utils.parsing import answer_json
 from atp_utils.protocol import Protocol
 from atp_utils.sandbox import Sandbox, SandboxUnavailable, ToolResult
 from atp_utils.tool_calls import RecordedTool, Tally, printed_answer, read_answer, read_call, result_message

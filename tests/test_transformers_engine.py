@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from atp_utils import role_play
-from atp_utils.decisions import answer_json
 from atp_utils.engine import Request, Sampling, draw
+from atp_utils.parsing import answer_json
 from atp_utils.protocol import Protocol
 from atp_utils.transformers_engine import TransformersEngine
 
