@@ -11,7 +11,6 @@ import nbformat
 import pytest
 
 from atp_utils import ROOT
-from atp_utils.code_digest import code_digest
 
 
 def snakemake(root, *arguments):
@@ -110,41 +109,6 @@ def test_model_jobs_carry_what_a_cluster_must_give(finished):
 def test_on_one_machine_a_model_job_takes_all_cores(finished):
     threads = {rule: given["threads"] for rule, given in asked(finished).items()}
     assert threads == {"data": "1", "align": "16", "evolve": "16", "figures": "1"}
-
-
-@pytest.mark.parametrize(
-    ("source", "same"),
-    [
-        ("x = 1\n", True),
-        ("# why\nx = (1)\n", True),
-        ('"""Module."""\nx = 1', True),
-        ("x = 2", False),
-        ("x = 1\ny = 1", False),
-        ('x = 1\n"""A string, not a docstring"""', False),
-    ],
-)
-def test_the_digest_is_of_code(tmp_path, source, same):
-    first, second = tmp_path / "a.py", tmp_path / "b.py"
-    first.write_text("x = 1")
-    second.write_text(source)
-    assert (code_digest(first) == code_digest(second)) is same
-
-
-def test_a_cell_with_a_magic_counts_by_its_text(tmp_path):
-    def book(name, *cells):
-        content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-        nbformat.write(content, tmp_path / name)
-        return code_digest(tmp_path / name)
-
-    plain = book("a.ipynb", "%matplotlib inline", "x = 1  # one")
-    assert plain == book("b.ipynb", "%matplotlib inline", "x = 1")
-    assert plain != book("c.ipynb", "%matplotlib widget", "x = 1")
-    assert plain != book("d.ipynb", "x = 1", "%matplotlib inline")
-
-
-def test_a_missing_file_is_named():
-    with pytest.raises(FileNotFoundError, match="notebooks/none.ipynb"):
-        code_digest("notebooks/none.ipynb")
 
 
 def test_progress_goes_to_a_log_and_not_to_a_socket(tmp_path):
