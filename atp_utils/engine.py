@@ -8,11 +8,21 @@ import hashlib
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any, Protocol
 
 Message = dict[str, str]
+
+# The marks of turns, tools and thinking that common chat formats have.
+_CONTROL = (
+    r"<\|[^<>\s]{1,60}>|<[^<>\s]{1,60}\|>|<｜[^<>\s]{1,60}｜>",
+    r"</?s>|<(?:bos|eos|pad|unk|mask)>|<</?SYS>>|<(?:start|end)_of_\w+>",
+    r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|ARGS|CALL_ID|THINK)\]",
+    r"</?(?:think|thinking|thought|reasoning|tool_call|tool_response)>",
+)
 
 # The default of Llama 3.1's chat template. Later ones of the family take today's date unless one is given.
 DATE = "26 Jul 2024"
@@ -49,6 +59,23 @@ def opens_thinking(prompt: str) -> bool:
 def encodable(text: str) -> str:
     """``text`` with ``?`` for lone surrogates, which a server's JSON or a tool's output may hold and no file can."""
     return text.encode("utf-8", "replace").decode()
+
+
+def defuse(text: str, marks: frozenset[str] = frozenset()) -> str:
+    """``text`` in which no control token can be read as one: a zero-width space stands behind its first character.
+
+    Those of common chat formats and ``marks``. Text that is defused already, or holds no mark, comes back as it is.
+    """
+    pattern, before = _control(marks), None
+    # Again, because a mark may lie inside another.
+    while text != before:
+        before, text = text, pattern.sub(lambda found: f"{found[0][0]}\u200b{found[0][1:]}", text)
+    return text
+
+
+@cache
+def _control(marks: frozenset[str]) -> re.Pattern[str]:
+    return re.compile("|".join([*map(re.escape, sorted(marks, key=len, reverse=True)), *_CONTROL]))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from atp_utils.engine import Request, Sampling, ScriptedEngine, collapse, derive_seed, draw, normalise
+from atp_utils.engine import Request, Sampling, ScriptedEngine, collapse, defuse, derive_seed, draw, normalise
 
 CHAT = [{"role": "user", "content": "?"}]
 
@@ -56,6 +56,23 @@ def test_digest_covers_everything_that_a_reply_depends_on():
     ]
     digests = {request.digest("model") for request in (base, *others)} | {base.digest("another model")}
     assert len(digests) == len(others) + 2
+
+
+CONTROLS = ["<|im_end|>", "<｜User｜>", "<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<start_of_turn>", "<|channel>"]
+CONTROLS += ["<channel|>", "<|start_header_id|>", "[TOOL_RESULTS]", "</think>", "<tool_response>", "<bos>"]
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_control_tokens_in_a_text_are_defused_once(control):
+    safe = defuse(f"a{control}b")
+    assert control not in safe and safe.replace("\u200b", "") == f"a{control}b" and defuse(safe) == safe
+
+
+def test_texts_without_control_tokens_stay_and_given_marks_are_defused():
+    for text in ('{"choice": "A"}', "<tool>\nprint(a[1] < b | c > d)\n</tool>", "x = [1] <| y", "# <b>ü</b> [NOTE]"):
+        assert defuse(text) == text
+    assert defuse("USER: a USER:", frozenset({"USER:"})) == "U\u200bSER: a U\u200bSER:"
+    assert defuse("<a<b>>", frozenset({"<a<b>>", "<b>"})) == "<\u200ba<\u200bb>>"
 
 
 def test_digests_of_recorded_runs_stay_and_lone_surrogates_have_one():
