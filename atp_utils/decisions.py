@@ -14,8 +14,9 @@ class Decision:
     ``reward`` is in the environment's own unit (role-play), a payoff factor (collusion) or minus the cost
     (tool use); ``capital`` is its running sum (collusion: product); ``succeeded`` is the round's collective
     outcome (collusion); ``p_deviate`` is the probability that
-    the engine gave the deviant option, without sampling noise; ``reply`` is the journal's key of the raw
-    reply.
+    the engine gave the deviant option, without sampling noise. ``reply`` is the journal's key of the raw reply that
+    holds the choice, ``replies`` those of all replies that the row rests on, in their order, with spaces between;
+    ``fault`` says why an invalid decision is one (`protocol.FAULTS`).
     """
 
     scenario: str
@@ -39,6 +40,8 @@ class Decision:
     prompt_tokens: int
     completion_tokens: int
     reply: str
+    replies: str
+    fault: str | None = None
 
 
 _DTYPES = {str: "string", int: "Int64", float: "Float64", bool: "boolean"}

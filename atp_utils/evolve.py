@@ -63,7 +63,9 @@ def answer(
     slots = [(number, place) for number, requests in asked.items() for place in range(len(requests))]
     requests = {slot: asked[slot[0]][slot[1]] for slot in slots}
     digests = {slot: requests[slot].digest(engine.identity) for slot in slots}
-    journal.chats.update(sha256(request.content().encode()).digest() for request in requests.values())
+    journal.chats.update(
+        sha256(request.content().encode("utf-8", "surrogatepass")).digest() for request in requests.values()
+    )
     replies = {slot: journal.get(digests[slot]) for slot in slots}
     missing = [slot for slot in slots if replies[slot] is None]
     if progress is not None:

@@ -26,19 +26,33 @@ def claim(
     that holds something else, and NotADirectoryError for a file; ``name`` is the parameter that named it.
     """
     path, what = resolve(folder), json.loads(json.dumps(what))
-    held = holds(path, name)
+    held = check(path, what, overwrite=overwrite, name=name)
     if held == what:
         return path
-    if held is not None:
-        if not overwrite:
-            raise FileExistsError(
-                f"{shown(path)} holds something else ({_difference(held, what)}): name another folder by {name}, "
-                "or set overwrite to true"
-            )
-        if not append:
-            set_aside(path)
+    if held is not None and not overwrite:
+        raise _other(path, held, what, name)
+    if held is not None and not append:
+        set_aside(path)
     files.write_json(path / MARKER, what)
     return path
+
+
+def check(
+    folder: str | Path, what: Mapping[str, Any], *, overwrite: bool = False, name: str = "out"
+) -> dict[str, Any] | None:
+    """What ``folder`` holds, before work starts; raises as `claim` does, for what is known of the marker by then."""
+    path, what = resolve(folder), json.loads(json.dumps(what))
+    held = holds(path, name)
+    if held is not None and not overwrite and any(held.get(key) != value for key, value in what.items()):
+        raise _other(path, {key: held.get(key) for key in what}, what, name)
+    return held
+
+
+def _other(path: Path, held: Mapping[str, Any], what: Mapping[str, Any], name: str) -> FileExistsError:
+    return FileExistsError(
+        f"{shown(path)} holds something else ({_difference(held, what)}): name another folder by {name}, "
+        "or set overwrite to true"
+    )
 
 
 def holds(folder: Path, name: str = "out") -> dict[str, Any] | None:

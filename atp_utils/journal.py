@@ -4,6 +4,7 @@
     decisions.parquet    the tidy table, derived
     manifest.json        parameters, versions, counts; written last, so its presence says that the run is whole
     served.json          what servers said of their model, if they answered; written by `engines`
+    .atp.json            the folder's marker (`folders`)
 
 Replies are addressed by a digest of the whole request and of the engine's identity. Resuming a run,
 re-scoring it with another parser and extending it by a seed are therefore one thing, replay: requests that
@@ -15,7 +16,6 @@ import gzip
 import json
 import os
 import platform
-import shutil
 import subprocess
 import time
 from collections import Counter
@@ -25,7 +25,7 @@ from typing import Any
 
 import pandas as pd
 
-from atp_utils import ROOT, files, shown
+from atp_utils import ROOT, files, folders, shown
 from atp_utils.engine import Reply, Request
 
 REPLIES, DECISIONS, MANIFEST = "replies.jsonl", "decisions.parquet", "manifest.json"
@@ -35,9 +35,10 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "openai", "pandas", "pydanti
 class Journal:
     """Append-only store of replies in ``folder``; one process at a time (raises RuntimeError otherwise).
 
-    A line that a crash cut short is dropped on opening; a damaged line elsewhere raises ValueError with its
-    number. Replies that a changed configuration no longer asks for stay in the file, unused. ``chats`` holds
-    digests of the different contents that were asked: as many chats as a model has to compute.
+    The folder is one that was claimed (`folders`). A line that a crash cut short is dropped on opening; a damaged line
+    elsewhere raises ValueError with its number. Replies that a changed configuration no longer asks for stay in the
+    file, unused. ``chats`` holds digests of the different contents that were asked: as many chats as a model has to
+    compute.
     """
 
     def __init__(self, folder: Path):
@@ -84,10 +85,12 @@ class Journal:
         if self.paid:
             os.fsync(self._file)
 
-    def finish(self, decisions: pd.DataFrame, **facts: Any) -> None:
-        """Write the decisions, then the manifest with ``facts``; only now the run counts as complete."""
+    def finish(self, decisions: pd.DataFrame, settings: dict[str, Any], identity: str, **facts: Any) -> None:
+        """Write the decisions, then the manifest with all ``settings`` of the run: only now it counts as complete."""
         write_frame(self.folder / DECISIONS, decisions)
+        faults = decisions["fault"].dropna().value_counts()
         counts = {"decisions": len(decisions), "invalid": int((~decisions["valid"]).sum())}
+        counts |= {"faults": {name: int(count) for name, count in faults.sort_index().items()}}
         counts |= {
             "replies_used": len(self.used),
             "distinct_chats": len(self.chats),
@@ -96,7 +99,8 @@ class Journal:
         }
         # For a forced choice on servers this is also how it was answered (see `openai_engine`).
         reasons = Counter(self._replies[digest].finish_reason for digest in self.used)
-        write_manifest(self.folder, counts=counts, finish_reasons=dict(sorted(reasons.items())), **facts)
+        facts |= {"counts": counts, "finish_reasons": dict(sorted(reasons.items()))}
+        write_manifest(self.folder, made_by(), settings=settings, identity=identity, **facts)
 
     def close(self) -> None:
         """Release the folder."""
@@ -134,13 +138,26 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
         frame.to_parquet(temporary, index=False)
 
 
-def write_manifest(folder: Path, **facts: Any) -> None:
-    """Write ``manifest.json``: ``facts`` and what was installed, on which commit and when."""
-    facts["packages"] = {name: version(name) for name in PACKAGES}
-    facts["python"], facts["machine"] = platform.python_version(), platform.machine()
-    facts["commit"] = _commit()
-    facts["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    files.write_json(Path(folder) / MANIFEST, facts)
+def remove_derived(folder: Path) -> None:
+    """Remove what follows from the replies: decisions and manifest."""
+    for name in (MANIFEST, DECISIONS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_manifest(folder: Path, origin: dict[str, Any], **facts: Any) -> None:
+    """Write ``manifest.json``: ``facts``, and the ``origin`` of the results (`made_by`, when they were made)."""
+    files.write_json(folder / MANIFEST, facts | origin)
+
+
+def made_by() -> dict[str, Any]:
+    """What makes results now: installed packages, machine, commit and the time."""
+    return {
+        "packages": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "commit": _commit(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def _commit() -> str | None:
@@ -152,24 +169,10 @@ def _commit() -> str | None:
         return None
 
 
-def publish(source: Path, target: Path) -> None:
-    """Copy a complete run for the record: decisions, manifest, and the raw replies compressed."""
-    if not (source / MANIFEST).is_file():
-        raise FileNotFoundError(f"{shown(source)} has no {MANIFEST}: the run is not complete")
-    target.mkdir(parents=True, exist_ok=True)
-    for name in (DECISIONS, MANIFEST):
-        shutil.copyfile(source / name, target / name)
-    with files.replacing(target / f"{REPLIES}.gz") as temporary:
-        temporary.write_bytes(gzip.compress((source / REPLIES).read_bytes(), mtime=0))
-
-
 def read_decisions(folder: Path) -> pd.DataFrame:
     """Decisions of every complete run below ``folder``, one table; incomplete runs are left out."""
-    parts = [
-        pd.read_parquet(path.parent / DECISIONS)
-        for path in sorted(Path(folder).rglob(MANIFEST))
-        if (path.parent / DECISIONS).is_file()
-    ]
+    paths = [path.parent / DECISIONS for path in folders.below(Path(folder), MANIFEST)]
+    parts = [pd.read_parquet(path) for path in paths if path.is_file()]
     if not parts:
         raise FileNotFoundError(f"{shown(folder)} holds no complete run (a folder with {DECISIONS} and {MANIFEST})")
     return pd.concat(parts, ignore_index=True)

@@ -8,12 +8,14 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from atp_utils.engine import Message, Request, Sampling, derive_seed, normalise
 from atp_utils.parsing import answer_json, parse_choice, split_thinking
 
 Name = Literal["choose", "reason"]
+# Why a decision is invalid: no readable answer, cut off by the token limit, or a chat too long for the model.
+FAULTS = ("unreadable", "cut", "context")
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Choice:
-    """What came of a question. ``option`` is None when invalid.
+    """What came of a question. ``option`` is None when invalid, and ``fault`` says why (`FAULTS`).
 
-    ``said`` is the reply without its thinking, ``turn`` what enters the agent's own chat (`Protocol.turn`).
+    ``said`` is the reply without its thinking, ``turn`` what enters the agent's own chat (`Protocol.turn`);
+    ``replies`` are the journal's keys of all attempts, the last one decides.
     """
 
     option: str | None
@@ -73,13 +76,14 @@ class Choice:
     attempts: int
     prompt_tokens: int
     completion_tokens: int
-    reply: str
+    replies: tuple[str, ...]
+    fault: str | None
 
 
 def decide(questions: Sequence[Question], protocol: Protocol) -> Generator[list[Request], list, list[Choice]]:
     """Ask all ``questions`` at once, the invalid ones again; to be used by episodes with ``yield from``.
 
-    Token counts add up over the attempts; the text and the journal's key are the last attempt's.
+    A chat that is too long for the model is not asked again. Token counts add up over the attempts.
     """
     choices: dict[int, Choice] = {}
     pending = list(range(len(questions)))
@@ -87,7 +91,7 @@ def decide(questions: Sequence[Question], protocol: Protocol) -> Generator[list[
         replies = yield [_request(questions[number], protocol, attempt) for number in pending]
         for number, reply in zip(pending, replies, strict=True):
             choices[number] = _choice(questions[number], reply, protocol, choices.get(number))
-        pending = [number for number in pending if choices[number].option is None]
+        pending = [number for number in pending if choices[number].fault not in (None, "context")]
         if not pending:
             break
     return [choices[number] for number in range(len(questions))]
@@ -105,15 +109,22 @@ def _request(question: Question, protocol: Protocol, attempt: int) -> Request:
     )
 
 
-def _choice(question: Question, reply, protocol: Protocol, before: Choice | None) -> Choice:
+def fault_of(reply: Any) -> str:
+    """Why a reply without a decision has none, one of `FAULTS`."""
+    return {"length": "cut", "context": "context"}.get(reply.finish_reason, "unreadable")
+
+
+def _choice(question: Question, reply: Any, protocol: Protocol, before: Choice | None) -> Choice:
     thinking, said = split_thinking(reply.text)
+    option = parse_choice(reply.text, question.options)
     return Choice(
-        option=parse_choice(reply.text, question.options),
+        option=option,
         said=said,
         turn=protocol.turn(thinking, said),
         probabilities=None if reply.logprobs is None else tuple(normalise(reply.logprobs)),
         attempts=1 + (before.attempts if before else 0),
         prompt_tokens=reply.prompt_tokens + (before.prompt_tokens if before else 0),
         completion_tokens=reply.completion_tokens + (before.completion_tokens if before else 0),
-        reply=reply.digest,
+        replies=(*(before.replies if before else ()), reply.digest),
+        fault=fault_of(reply) if option is None else None,
     )

@@ -28,7 +28,7 @@ from atp_utils.decisions import Decision
 from atp_utils.engine import Message, Request, derive_seed
 from atp_utils.evolve import Answered, Episode
 from atp_utils.parsing import split_thinking
-from atp_utils.protocol import Protocol, Question, decide
+from atp_utils.protocol import Protocol, Question, decide, fault_of
 from atp_utils.tool_calls import Call, RunTool, Tally, read_answer, read_call, result_message
 from atp_utils.tool_items import POLICIES, Item, Setting, blocks
 
@@ -102,7 +102,9 @@ class Work:
     attempts: int = 1
     calls: int = 0
     answer: Fraction | None = None
-    reply: str = ""
+    replies: list[str] = field(default_factory=list)
+    decided_by: int = -1
+    fault: str | None = None
     tokens: list[int] = field(default_factory=lambda: [0, 0])
 
     @property
@@ -184,7 +186,8 @@ def _choose(works: Sequence[Work], protocol: Protocol) -> Generator[list[Request
     """The policies of the `choose` protocol; a work without a valid one keeps None and gets no further."""
     choices = yield from decide([Question(work.key, work.chat, work.item.options) for work in works], protocol)
     for work, choice in zip(works, choices, strict=True):
-        work.policy, work.reply = choice.option, choice.reply
+        work.policy, work.fault, work.replies = choice.option, choice.fault, list(choice.replies)
+        work.decided_by = len(work.replies) - 1
         work.tokens = [choice.prompt_tokens, choice.completion_tokens]
         if choice.probabilities:
             work.p_direct = choice.probabilities[work.item.options.index("direct")]
@@ -204,18 +207,21 @@ def _request(work: Work, protocol: Protocol) -> Request:
 def _goes_on(work: Work, reply: Answered, desk: Desk) -> bool:
     """Take a reply in; whether the model has to be asked once more, for an answer or for another attempt."""
     work.tokens = [work.tokens[0] + reply.prompt_tokens, work.tokens[1] + reply.completion_tokens]
+    work.replies.append(reply.digest)
     if work.policy is None:
-        work.reply = reply.digest
-    call, cut = read_call(reply.text), reply.finish_reason == "length"
+        work.decided_by, work.fault = len(work.replies) - 1, fault_of(reply)
+    call, cut, lost = read_call(reply.text), reply.finish_reason == "length", reply.finish_reason == "context"
     work.answer = read_answer(reply.text, cut)
     if call.code is not None and work.policy != "direct" and work.calls < desk.setting.max_calls:
         _note(work, call, [], reply.text, desk.tally)
         _run(work, call, split_thinking(reply.text)[0], desk)
         return True
-    undecided = work.policy is None and call.code is None and work.answer is None and bool(call.faults or cut)
-    _note(work, call, _events(work, call, cut, undecided), reply.text, desk.tally)
+    nothing = call.code is None and work.answer is None
+    undecided = work.policy is None and nothing and bool(call.faults or cut or lost)
+    events = ["chat too long for the model"] * lost + _events(work, call, cut, undecided)
+    _note(work, call, events, reply.text, desk.tally)
     if undecided:
-        again = work.attempts < desk.protocol.max_attempts
+        again = work.attempts < desk.protocol.max_attempts and not lost
         work.attempts += again
         return again
     work.policy = work.policy or "direct"
@@ -273,5 +279,7 @@ def _decision(work: Work, number: int, seed: int, agent: int, setting: Setting, 
         correct=work.correct,
         prompt_tokens=work.tokens[0],
         completion_tokens=work.tokens[1],
-        reply=work.reply,
+        reply=work.replies[work.decided_by],
+        replies=" ".join(work.replies),
+        fault=None if valid else work.fault,
     )

@@ -1,8 +1,8 @@
 """LoRA adapters by DPO and GRPO (TRL + PEFT), in this process or in several.
 
 The training is written once, in `fit`. Without a launcher it runs here; with one, `launch` starts processes that run
-``python -m atp_utils.train FOLDER``, which reads what to do from the folder and calls the same function. A step sees
-the same number of rows in either case: the processes share out ``accumulation``.
+``python -m atp_utils.train FOLDER``, which reads what to do from the folder's marker and calls the same function. A
+step sees the same number of rows in either case: the processes share out ``accumulation``.
 """
 
 import contextlib
@@ -21,15 +21,18 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import TrainerCallback, set_seed
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+from transformers import PrinterCallback, TrainerCallback, set_seed
+from trl import DPOConfig, GRPOConfig
 from trl.import_utils import is_vllm_available
 
-from atp_utils import align, files, launch, memory, models, progress, shown, tool_pairs
-from atp_utils.journal import write_manifest
+from atp_utils import align, files, folders, launch, memory, models, progress, shown, tool_pairs
+from atp_utils.code_digest import PACKAGE, closure, code_digest
+from atp_utils.exact_trainers import ExactDPOTrainer, ExactGRPOTrainer, turn_end
+from atp_utils.journal import made_by, write_manifest
+from atp_utils.runs import Run
 from atp_utils.sandbox import Sandbox
 
-LOG, SETTINGS, CHECKPOINTS, LAUNCHED = "training_log.csv", "settings.json", "checkpoints", "launched"
+LOG, ORIGIN, CHECKPOINTS, LAUNCHED = "training_log.csv", "origin.json", "checkpoints", "launched"
 # TRL's names of what the notebooks plot.
 CURVES = {
     "loss": "loss",
@@ -91,66 +94,62 @@ class Training:
         return self.accumulation // processes
 
 
-def check(training: Training, launcher: str) -> None:
-    """Raise ValueError or FileNotFoundError for a training that can't start here: a notebook asks before other work."""
+def check(run: Run, method: str, reward: Reward = "choice") -> dict[str, Any]:
+    """What the training of a notebook's ``run`` depends on besides its rows; a notebook asks before other work.
+
+    The code counts too: it is that of this module's import closure, which makes the adapter of the rows. Raises
+    ValueError or FileNotFoundError for a training that can't start here, and FileExistsError where ``out`` isn't ours
+    or holds another training and ``overwrite`` is false.
+    """
+    training, launcher = Training.of(run.parameters), run.parameters["launcher"]
     if training.use_vllm and not is_vllm_available():
         raise ValueError("use_vllm is true, and vLLM isn't installed: pip install trl[vllm], or set it to false")
     training.share(launch.processes(launch.configuration(launcher)) if launcher else 1)
+    settings = {"method": method, "model": run.parameters["model"], **({"reward": reward} if method == "grpo" else {})}
+    settings |= {"identity": models.identity(settings["model"]), **asdict(training)}
+    settings["code"] = code_digest(*closure(f"{PACKAGE}/train.py"))
+    folders.check(run.out, settings, overwrite=run.parameters["overwrite"])
+    return settings
 
 
-def train_dpo(model: str, rows: list[dict], out: Path, training: Training, launcher: str = "") -> pd.DataFrame:
-    """Train a LoRA adapter by DPO into ``out``; returns the training log (see `_train`)."""
-    return _train({"method": "dpo", "model": model}, rows, out, training, launcher)
+def adapter(run: Run, method: str, rows: list[dict], reward: Reward = "choice") -> pd.DataFrame:
+    """Train a LoRA adapter by ``method`` ("dpo" or "grpo") into the run's folder, once; returns the training log.
 
-
-def train_grpo(
-    model: str, rows: list[dict], out: Path, training: Training, reward: Reward = "choice", launcher: str = ""
-) -> pd.DataFrame:
-    """Train a LoRA adapter by GRPO into ``out``; returns the training log (see `_train`).
-
-    ``reward`` "choice" is `align.choice_reward`, "preference" that of tool use (`tool_pairs.preference_reward`), for
-    which each process has a sandbox.
+    A finished adapter is returned as it is, an interrupted training goes on from its checkpoint. The folder gets a
+    marker, the adapter, ``training_log.csv`` and, last, ``manifest.json``; an adapter of another training that it held
+    is set aside if the run may ``overwrite``. Columns of the log: step, and those of `CURVES` that the method has. The
+    launcher is no part of the settings: it decides where a training runs, not which it is. GRPO's ``reward`` "choice"
+    is `align.choice_reward`, "preference" that of tool use (`tool_pairs.preference_reward`), for which each process has
+    a sandbox. Raises as `check` does.
     """
-    return _train({"method": "grpo", "model": model, "reward": reward}, rows, out, training, launcher)
-
-
-def _train(what: dict[str, str], rows: list[dict], out: Path, training: Training, launcher: str) -> pd.DataFrame:
-    """Train once: a finished adapter is returned as it is, an interrupted training goes on from its checkpoint.
-
-    ``out`` gets ``settings.json``, the adapter, ``training_log.csv`` and, last, ``manifest.json``; what it held of
-    a training with other settings or data is removed first. Columns of the log: step, and those of `CURVES` that
-    the method has. The launcher is no part of the settings: it decides where a training runs, not which it is.
-    """
+    out, launcher = run.out, run.parameters["launcher"]
     if not rows:
         raise ValueError(f"{shown(out)}: there is nothing to train on (0 rows)")
-    check(training, launcher)
-    settings = {**what, "identity": models.identity(what["model"]), **asdict(training)}
+    settings = check(run, method, reward)
     settings["rows_sha256"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    if _settings_of(out / SETTINGS) != settings:
-        shutil.rmtree(out, ignore_errors=True)
-        files.write_json(out / SETTINGS, settings)
-    elif (out / LOG).is_file():
-        return _finish(out, settings, rows)
-    if launcher:
-        files.write_json(out / LAUNCHED / "rows.json", rows)
-        label = f"{what['method']} {what['model']}"
-        launch.run(launcher, "atp_utils.train", [str(out)], out / LAUNCHED / "output.log", label)
-    else:
-        fit(out, settings, rows, progress.bar)
-    return _finish(out, settings, rows)
+    folders.claim(out, settings, overwrite=run.parameters["overwrite"])
+    if not (out / LOG).is_file():
+        if launcher:
+            files.write_json(out / LAUNCHED / "rows.json", rows)
+            label = f"{method} {settings['model']}"
+            launch.run(launcher, f"{PACKAGE}.train", [str(out)], out / LAUNCHED / "output.log", label)
+        else:
+            fit(out, settings, rows, progress.bar)
+    return _finish(run, settings, rows)
 
 
-def _finish(out: Path, settings: dict, rows: list[dict]) -> pd.DataFrame:
-    """Write the manifest, also where a workflow removed it before it asked again for a finished adapter."""
-    log = pd.read_csv(out / LOG)
-    write_manifest(out, settings=settings, rows=len(rows), steps=int(log["step"].iloc[-1]))
+def _finish(run: Run, settings: dict, rows: list[dict]) -> pd.DataFrame:
+    """Write the manifest, also where a workflow removed it before it asked again for a finished adapter.
+
+    Commit, packages and date are those of the training, which may be older than the code that asks.
+    """
+    out = run.out
+    log, origin = pd.read_csv(out / LOG), json.loads((out / ORIGIN).read_text(encoding="utf-8"))
+    facts = {"settings": run.parameters, "training": settings, "rows": len(rows), "steps": int(log["step"].iloc[-1])}
+    write_manifest(out, origin, **facts)
     for used in (CHECKPOINTS, LAUNCHED):
         shutil.rmtree(out / used, ignore_errors=True)
     return log
-
-
-def _settings_of(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 # --- The training itself -----------------------------------------------------------------------------------
@@ -168,16 +167,19 @@ def fit(out: Path, settings: dict, rows: list[dict], bar: Callable) -> None:
         # The configuration comes first: it starts the process group, which decides how the weights are loaded.
         if settings["method"] == "dpo":
             arguments = dpo_arguments(checkpoints, rows, training)
-            trainer = DPOTrainer(args=arguments, **_parts(name, rows, training))
+            trainer = ExactDPOTrainer(args=arguments, **_parts(name, rows, training))
         else:
             arguments = grpo_arguments(checkpoints, rows, training, models.load_tokenizer(name))
-            trainer = GRPOTrainer(args=arguments, reward_funcs=rewards, **_parts(name, rows, training))
+            trainer = ExactGRPOTrainer(args=arguments, reward_funcs=rewards, **_parts(name, rows, training))
+        # Without tqdm the Trainer would print a dictionary a step.
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Bar(f"{settings['method']} {name}", bar))
         trainer.train(resume_from_checkpoint=_last_whole(checkpoints))
         trainer.save_model(str(out))
     if trainer.is_world_process_zero():
         models.check_adapter(out, name)
         (out / "training_args.bin").unlink(missing_ok=True)
+        files.write_json(out / ORIGIN, made_by())
         # The log is written once the adapter is whole: its presence says that the training is done.
         files.write_text(out / LOG, _log(trainer.state.log_history).to_csv(index=False, float_format="%.6g"))
 
@@ -261,21 +263,16 @@ def _parts(model: str, rows: list[dict], training: Training) -> dict[str, Any]:
     weights = models.load_weights(model)
     weights.config._name_or_path = weights.name_or_path = model
     tokenizer = models.load_tokenizer(model)
+    # GRPO stops its replies where the engine stops them.
+    known = weights.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [known]
+    weights.generation_config.eos_token_id = sorted({turn_end(tokenizer), *(i for i in known if i is not None)})
     return {
         "model": weights,
-        "train_dataset": Dataset.from_list([_for_trl(row, tokenizer) for row in rows]),
+        "train_dataset": Dataset.from_list(rows),
         "processing_class": tokenizer,
         "peft_config": lora,
     }
-
-
-def _for_trl(row: dict, tokenizer: Any) -> dict:
-    """``row`` with a prompt that TRL tokenises to what the engine reads.
-
-    TRL lets the tokenizer put its beginning-of-text token before any text; Llama's templates wrote it already.
-    """
-    adds_its_own = tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
-    return {**row, "prompt": row["prompt"].removeprefix(tokenizer.bos_token)} if adds_its_own else row
 
 
 def _layout() -> str:
@@ -321,8 +318,8 @@ class _Bar(TrainerCallback):
 def main(arguments: list[str] | None = None) -> None:
     """What a launched process runs: the training that a folder describes, up to its adapter and log."""
     [folder] = map(Path, arguments or sys.argv[1:])
-    settings, rows = _settings_of(folder / SETTINGS), json.loads((folder / LAUNCHED / "rows.json").read_text())
-    fit(folder, settings, rows, launch.bar)
+    rows = json.loads((folder / LAUNCHED / "rows.json").read_text(encoding="utf-8"))
+    fit(folder, folders.read_marker(folder), rows, launch.bar)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -2,6 +2,7 @@ import json
 
 import pandas as pd
 import pytest
+from trainings import a_run
 
 from atp_utils import align, evolve, models, role_play, train
 from atp_utils.engine import Sampling, ScriptedEngine
@@ -70,7 +71,7 @@ def test_elicited_pairs_leave_the_added_instruction_out(splits, tokenizer, tmp_p
 
 def test_nothing_to_train_on(tmp_path, embedded):
     with pytest.raises(ValueError, match="nothing to train on"):
-        train.train_dpo(embedded, [], tmp_path / "dpo", train.Training(**SETTINGS))
+        train.adapter(a_run("dpo", embedded, tmp_path / "dpo"), "dpo", [])
 
 
 class Killed(RuntimeError):
@@ -79,8 +80,7 @@ class Killed(RuntimeError):
 
 def test_dpo_trains_resumes_and_is_not_repeated(splits, tokenizer, embedded, tmp_path, monkeypatch):
     rows = align.answer_pairs(splits[0][:4], role_play.opening, tokenizer, CHOOSE)
-    training = train.Training(**SETTINGS)
-    whole = train.train_dpo(embedded, rows, tmp_path / "whole", training)
+    whole = train.adapter(a_run("dpo", embedded, tmp_path / "whole", **SETTINGS), "dpo", rows)
     assert list(whole.columns) == ["step", "loss", "margin", "accuracy"] and list(whole["step"]) == [1, 2]
     assert whole["loss"][0] == pytest.approx(0.6931, abs=1e-3)
 
@@ -89,11 +89,12 @@ def test_dpo_trains_resumes_and_is_not_repeated(splits, tokenizer, embedded, tmp
             raise Killed
 
     out = tmp_path / "broken"
+    run = a_run("dpo", embedded, out, **SETTINGS)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train._Bar, "on_save", killer, raising=False)
-        train.train_dpo(embedded, rows, out, training)
+        train.adapter(run, "dpo", rows)
     assert not (out / "manifest.json").exists()
-    resumed = train.train_dpo(embedded, rows, out, training)
+    resumed = train.adapter(run, "dpo", rows)
     assert resumed["loss"].tolist() == pytest.approx(whole["loss"].tolist(), abs=2e-3)
 
     manifest = json.loads((out / "manifest.json").read_text())
@@ -104,22 +105,32 @@ def test_dpo_trains_resumes_and_is_not_repeated(splits, tokenizer, embedded, tmp
     def never(*_, **__):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(train, "DPOTrainer", never)
+    monkeypatch.setattr(train, "ExactDPOTrainer", never)
+    monkeypatch.setattr(train, "made_by", lambda: {"commit": "a later one"})
     # Snakemake removes a job's output before it runs the job again.
     (out / "manifest.json").unlink()
-    pd.testing.assert_frame_equal(train.train_dpo(embedded, rows, out, training), resumed)
-    assert json.loads((out / "manifest.json").read_text()) | {"finished": 0} == manifest | {"finished": 0}
+    pd.testing.assert_frame_equal(train.adapter(run, "dpo", rows), resumed)
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+
+    # Another training, other rows or other code don't take its place unless they are told to, and lose nothing then.
+    with pytest.raises(FileExistsError, match="beta: '0.1', asked '0.2'"):
+        train.adapter(a_run("dpo", embedded, out, **SETTINGS | {"beta": 0.2}), "dpo", rows)
+    with pytest.raises(FileExistsError, match="rows_sha256"):
+        train.adapter(run, "dpo", rows[:3])
+    with monkeypatch.context() as patch, pytest.raises(FileExistsError, match="code: "):
+        patch.setattr(train, "code_digest", lambda *_: "edited")
+        train.check(run, "dpo")
+    before = (out / "adapter_model.safetensors").read_bytes()
     with pytest.raises(AssertionError, match="trained again"):
-        train.train_dpo(embedded, rows, out, train.Training(**SETTINGS | {"beta": 0.2}))
+        train.adapter(a_run("dpo", embedded, out, **SETTINGS | {"beta": 0.2}, overwrite=True), "dpo", rows)
+    assert (tmp_path / ".replaced-broken-1/adapter_model.safetensors").read_bytes() == before
 
 
 def test_grpo_trains_on_what_the_reward_says(splits, tokenizer, embedded, tmp_path):
     rows = align.reward_rows(splits[0][:4], role_play.opening, tokenizer, CHOOSE, prefill='{"choice": "')
     assert all(row["prompt"].endswith('assistant\n{"choice": "') for row in rows)
-    training = train.Training(
-        **SETTINGS | {"max_steps": 1, "batch_size": 1, "group_size": 4, "max_new_tokens": 4, "beta": 0.04}
-    )
-    log = train.train_grpo(embedded, rows, tmp_path, training)
+    changes = SETTINGS | {"max_steps": 1, "batch_size": 1, "group_size": 4, "max_new_tokens": 4, "beta": 0.04}
+    log = train.adapter(a_run("grpo", embedded, tmp_path, **changes), "grpo", rows)
     assert list(log.columns) == ["step", "loss", "reward", "kl", "dead_groups"]
     assert 0 <= log["reward"][0] <= 1 and log["dead_groups"][0] in (0, 1)
     models.check_adapter(tmp_path, embedded)

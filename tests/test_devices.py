@@ -12,6 +12,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
+from trainings import a_run
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from atp_utils import launch, models, resolve, train
@@ -55,9 +56,9 @@ def tiny(embedded, tmp_path_factory):
 
 def train_both(method: str, tiny: str, out: Path, launcher: str = ""):
     if method == "dpo":
-        return train.train_dpo(tiny, PAIRS, out, train.Training(**SETTINGS), launcher)
-    training = train.Training(**SETTINGS, group_size=2, max_new_tokens=2)
-    return train.train_grpo(tiny, PROBLEMS, out, training, "preference", launcher)
+        return train.adapter(a_run("dpo", tiny, out, **SETTINGS, launcher=launcher), "dpo", PAIRS)
+    run = a_run("grpo", tiny, out, **SETTINGS, group_size=2, max_new_tokens=2, launcher=launcher)
+    return train.adapter(run, "grpo", PROBLEMS, "preference")
 
 
 @pytest.fixture
@@ -133,9 +134,8 @@ def test_shipped_configurations_are_accelerates(path, monkeypatch):
 
 def test_launchers_that_cannot_start_are_refused_before_anything_is_written(tiny, tmp_path, monkeypatch):
     def refused(error: type[Exception], message: str, launcher: str, **changes):
-        training = train.Training(**SETTINGS | changes)
         with pytest.raises(error, match=message):
-            train.train_dpo(tiny, PAIRS, tmp_path / "out", training, launcher)
+            train.check(a_run("dpo", tiny, tmp_path / "out", **SETTINGS | changes, launcher=launcher), "dpo")
         assert not (tmp_path / "out").exists()
 
     def written(old: str, new: str) -> str:
@@ -159,7 +159,7 @@ def test_the_notebooks_error_ends_with_the_launched_ones(tiny, tmp_path):
     with pytest.raises(
         RuntimeError, match=r"(?s)dpo .* failed \(exit status 1\).*KeyError.*All of its output: output.log"
     ):
-        train.train_dpo(tiny, rows, tmp_path, train.Training(**SETTINGS), TWO)
+        train.adapter(a_run("dpo", tiny, tmp_path, **SETTINGS, launcher=TWO), "dpo", rows)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
@@ -177,10 +177,10 @@ def test_a_step_sees_as_many_rows_on_any_number_of_processes(processes, tmp_path
 
 
 def test_vllm_is_refused_where_it_is_not_installed(tiny, tmp_path, monkeypatch):
-    training = train.Training(**SETTINGS, group_size=2, max_new_tokens=5, use_vllm=True)
+    run = a_run("grpo", tiny, tmp_path / "out", **SETTINGS, group_size=2, max_new_tokens=5, use_vllm=True)
     monkeypatch.setattr(train, "is_vllm_available", lambda: False)
     with pytest.raises(ValueError, match=r"use_vllm is true, and vLLM isn't installed: pip install trl\[vllm\]"):
-        train.train_grpo(tiny, PROBLEMS, tmp_path / "out", training)
+        train.check(run, "grpo")
     assert not (tmp_path / "out").exists()
 
 

@@ -82,6 +82,7 @@ def test_an_invalid_reply_is_asked_again_then_recorded_and_leaves_no_trace(tmp_p
 
     rows, _ = run(tmp_path, [item], ScriptedEngine(rule), protocol=REASON)
     assert [(row.valid, row.attempts) for row in rows] == [(True, 2), (False, 2), (True, 1)]
+    assert [row.fault for row in rows] == [None, "unreadable", None]
     assert [row.choice for row in rows] == [item.deviant, None, item.deviant]
     assert rows[1].deviated is None and rows[1].reward is None
     assert [row.capital for row in rows] == [item.payoff_deviant, item.payoff_deviant, 2 * item.payoff_deviant]
@@ -160,5 +161,54 @@ def test_bad_settings_are_refused_before_anything_runs(tmp_path, item, wrong, na
 
 
 def test_a_reply_knows_its_journal_key(tmp_path, item):
-    rows, journal = run(tmp_path, [item], ScriptedEngine(lambda request: (1.0, 0.0)), rounds=1)
-    assert isinstance(journal._replies[rows[0].reply], Reply)
+    rows, journal = run(tmp_path / "choose", [item], ScriptedEngine(lambda request: (1.0, 0.0)), rounds=1)
+    assert isinstance(journal._replies[rows[0].reply], Reply) and rows[0].replies == rows[0].reply
+    # Every attempt is named, the one that decided last.
+    engine = ScriptedEngine(lambda r: answer_json(item.deviant) if r.key.endswith("attempt1") else "Hm.")
+    rows, journal = run(tmp_path / "reason", [item], engine, rounds=2, protocol=REASON)
+    for row in rows:
+        first, second = row.replies.split()
+        assert (first, second) == tuple(
+            list(journal._replies)[2 * row.round - 2 : 2 * row.round]
+        ) and row.reply == second
+
+
+class Short(ScriptedEngine):
+    """A model whose context holds so many messages."""
+
+    def __init__(self, rule, context):
+        super().__init__(rule)
+        self.context = context
+
+    def answer(self, requests):
+        for index, reply in super().answer(requests):
+            fits = len(requests[index].messages) <= self.context
+            yield index, reply if fits else Reply("", 99, 0, "context")
+
+
+@pytest.mark.parametrize("protocol", [CHOOSE, REASON])
+def test_a_chat_too_long_for_the_model_is_invalid_and_the_others_go_on(tmp_path, splits, protocol):
+    items = splits[1][:2]
+
+    def rule(request):
+        # The first item's agent never answers readably, so its chat stays short.
+        if protocol is REASON:
+            return "Hm." if items[0].id in request.key else answer_json(items[1].deviant)
+        return (0.5, 0.5)
+
+    rows, _ = run(tmp_path, items, Short(rule, 4), rounds=4, protocol=protocol)
+    second = [row for row in rows if row.item == items[1].id]
+    assert [row.fault for row in second] == [None, None, "context", "context"]
+    assert [row.attempts for row in second] == [1, 1, 1, 1] and second[2].capital == second[1].capital
+    if protocol is REASON:
+        assert {row.fault for row in rows if row.item == items[0].id} == {"unreadable"}
+
+
+def test_a_cut_reply_is_told_from_an_unreadable_one(tmp_path, item):
+    class Cut(ScriptedEngine):
+        def answer(self, requests):
+            for index, _ in super().answer(requests):
+                yield index, Reply("I think that", 9, 8, "length")
+
+    rows, _ = run(tmp_path, [item], Cut(lambda _: ""), rounds=1, protocol=REASON)
+    assert rows[0].fault == "cut" and rows[0].attempts == 2

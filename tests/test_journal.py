@@ -81,12 +81,13 @@ def test_the_manifest_is_last_and_says_what_was_counted(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(journal, "write_frame", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
             with pytest.raises(OSError, match="No space"):
-                record.finish(frame)
+                record.finish(frame, {"rounds": 2}, "weights")
         assert not (tmp_path / "manifest.json").exists()
-        record.finish(frame, settings={"rounds": 2})
+        record.finish(frame, {"rounds": 2}, "weights")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["counts"] == {
-        "decisions": 0, "invalid": 0, "replies_used": 1, "distinct_chats": 0, "replayed": 0, "answered_now": 1
+        "decisions": 0, "invalid": 0, "faults": {}, "replies_used": 1, "distinct_chats": 0, "replayed": 0,
+        "answered_now": 1,
     }  # fmt: skip
     assert manifest["settings"] == {"rounds": 2} and manifest["packages"]["torch"]
 
@@ -96,17 +97,6 @@ def test_only_complete_runs_are_read(tmp_path):
         journal.read_decisions(tmp_path)
     for name in ("a", "b"):
         with Journal(tmp_path / name) as record:
-            record.finish(to_frame([], model=name, arm="base"))
+            record.finish(to_frame([], model=name, arm="base"), {}, "weights")
     (tmp_path / "b" / "manifest.json").unlink()
     assert isinstance(journal.read_decisions(tmp_path), pd.DataFrame)
-
-
-def test_a_published_run_can_be_replayed(tmp_path):
-    source, target = tmp_path / "run", tmp_path / "record"
-    with Journal(source) as record:
-        record.put("d1", REQUEST, REPLY)
-        with pytest.raises(FileNotFoundError, match="not complete"):
-            journal.publish(source, target)
-        record.finish(to_frame([], model="m", arm="base"))
-    journal.publish(source, target)
-    assert journal.read_replies(target / "replies.jsonl.gz") == {"d1": REPLY}

@@ -1,0 +1,186 @@
+"""Nothing is removed or overwritten that the project didn't make, or that differs from what is asked for now."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from atp_utils import ROOT, evolution, folders, publish, runs
+from atp_utils.decisions import to_frame
+
+
+@pytest.fixture
+def precious(tmp_path):
+    """A user's folder."""
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    return folder
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"overwrite": True, "append": True}])
+def test_a_folder_that_is_not_ours_is_refused_by_name(precious, options):
+    with pytest.raises(FileExistsError, match="precious isn't empty and wasn't made by this project.*by out"):
+        folders.claim(precious, {"a": 1}, **options)
+    assert contents(precious) == {"thesis.txt": b"years of work"}
+
+
+def test_a_file_is_no_folder(precious):
+    with pytest.raises(NotADirectoryError, match="thesis.txt is a file: name a folder by figures"):
+        folders.claim(precious / "thesis.txt", {}, name="figures")
+
+
+def test_what_a_folder_holds_is_kept(tmp_path):
+    folder, held = tmp_path / "ours", {"settings": {"rate": 1e-5, "epochs": 3}, "rows": [1]}
+    assert folders.claim(folder, held) == folders.claim(folder, held) == folder
+    (folder / "adapter").write_text("weights")
+    with pytest.raises(FileExistsError, match="settings.rate: '1e-05', asked '0.1'.*or set overwrite to true"):
+        folders.claim(folder, {"settings": {"rate": 0.1, "epochs": 3}, "rows": [1]})
+    assert folders.holds(folder) == held and (folder / "adapter").read_text() == "weights"
+
+
+def test_overwriting_sets_aside_and_appending_keeps(tmp_path):
+    folder = tmp_path / "ours"
+    for number in range(3):
+        folders.claim(folder, {"run": number}, overwrite=True)
+        (folder / "adapter").write_text(str(number))
+    aside = sorted(path.name for path in tmp_path.iterdir())
+    assert aside == [".replaced-ours-1", ".replaced-ours-2", "ours"]
+    assert (tmp_path / ".replaced-ours-1/adapter").read_text() == "0"
+    folders.claim(folder, {"run": 3}, overwrite=True, append=True)
+    assert (folder / "adapter").read_text() == "2" and folders.holds(folder) == {"run": 3}
+    assert list(folders.below(tmp_path, "adapter")) == [folder / "adapter"]
+
+
+def test_a_part_of_the_marker_is_checked_before_the_rest_is_known(tmp_path):
+    folders.claim(tmp_path / "ours", {"rate": 1, "rows": "abc"})
+    assert folders.check(tmp_path / "ours", {"rate": 1}) == {"rate": 1, "rows": "abc"}
+    assert folders.check(tmp_path / "new", {"rate": 1}) is None and not (tmp_path / "new").exists()
+    with pytest.raises(FileExistsError, match="rate: '1', asked '2'"):
+        folders.check(tmp_path / "ours", {"rate": 2})
+
+
+def test_a_damaged_marker_is_named(tmp_path):
+    (tmp_path / folders.MARKER).write_text("{")
+    with pytest.raises(ValueError, match=".atp.json is damaged"):
+        folders.claim(tmp_path, {})
+
+
+BOOKS = ["01_generate_data", "02_align_dpo", "03_align_grpo", "04_evolve_role_play", "06_evolve_collusion"]
+
+
+@pytest.mark.parametrize("book", BOOKS)
+def test_no_notebook_touches_a_foreign_folder(precious, tmp_path, book):
+    """The kernel starts, the first cells refuse; 01's folders lie below the one that is named."""
+    folder = precious.parent if book == "01_generate_data" else precious
+    if book == "01_generate_data":
+        precious.rename(folder / "role_play")
+    before = contents(folder)
+    command = [sys.executable, "-m", "atp_utils.run", f"notebooks/{book}.ipynb", str(ROOT / "runs/refused.ipynb")]
+    done = subprocess.run([*command, "-p", "out", str(folder)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "wasn't made by this project" in done.stderr, done.stderr
+    assert contents(folder) == before
+
+
+def test_prompts_of_other_counts_are_not_replaced(tmp_path):
+    values = runs.parameters.defaults_of("01_generate_data") | {"out": str(tmp_path)}
+    made = runs.data_folders("01_generate_data", values)
+    (made["role_play"] / "test.jsonl").write_text("prompts")
+    with pytest.raises(FileExistsError, match="parameters.seed: '0', asked '1'"):
+        runs.data_folders("01_generate_data", values | {"seed": 1})
+    runs.data_folders("01_generate_data", values | {"seed": 1, "overwrite": True})
+
+
+def test_runs_that_differ_have_different_folders():
+    values = runs.parameters.defaults_of("04_evolve_role_play")
+
+    def folder(**changes):
+        return runs.start("04_evolve_role_play", values | changes, "evolution", "role_play", "a/b", "base").out
+
+    assert folder() == folder(concurrency=3, overwrite=True)
+    assert folder().parent == ROOT / "runs/demo/evolution/role_play/a--b"
+    assert len({folder(), folder(rounds=2), folder(temperature=0.5), folder(model="c/d")}) == 4
+
+
+# --- Publishing --------------------------------------------------------------------------------------------
+
+
+def finished_run(folder, *arms):
+    for arm in arms:
+        values = runs.parameters.defaults_of("06_evolve_collusion") | {"out": str(folder / f"evolution/games/m/{arm}")}
+        run = runs.Run("06_evolve_collusion", values, folder / f"evolution/games/m/{arm}")
+        with evolution.record(run, "weights") as record:
+            record.finish(to_frame([], model="m", arm=arm), values, "weights")
+
+
+def test_publishing_takes_complete_runs_and_no_weights(tmp_path):
+    finished_run(tmp_path / "run", "base")
+    (tmp_path / "run/evolution/games/m/dpo").mkdir()
+    adapter = tmp_path / "run/adapters/games/m/dpo"
+    adapter.mkdir(parents=True)
+    for name in ("training_log.csv", "manifest.json", "adapter_model.safetensors"):
+        (adapter / name).touch()
+    names = publish.publish(tmp_path / "run", tmp_path / "record")
+    assert [str(name) for name in names] == [
+        "adapters/games/m/dpo/manifest.json",
+        "adapters/games/m/dpo/training_log.csv",
+        "evolution/games/m/base/decisions.parquet",
+        "evolution/games/m/base/manifest.json",
+        "evolution/games/m/base/replies.jsonl.gz",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["record", "run"]
+
+
+def test_publishing_without_a_run_leaves_the_record(tmp_path):
+    finished_run(tmp_path / "run", "base")
+    publish.publish(tmp_path / "run", tmp_path / "record")
+    before = contents(tmp_path / "record")
+    with pytest.raises(FileNotFoundError, match="holds no complete run"):
+        publish.publish(tmp_path / "none", tmp_path / "record")
+    assert contents(tmp_path / "record") == before
+    assert publish.main([str(tmp_path / "none"), str(tmp_path / "record")]) == 2
+
+
+def test_a_record_loses_runs_only_if_told_to(tmp_path):
+    finished_run(tmp_path / "all", "base", "dpo")
+    finished_run(tmp_path / "part", "base")
+    publish.publish(tmp_path / "all", tmp_path / "record")
+    with pytest.raises(FileExistsError, match="lacks .evolution/games/m/dpo.*--overwrite"):
+        publish.publish(tmp_path / "part", tmp_path / "record")
+    assert len(publish.publish(tmp_path / "part", tmp_path / "record", overwrite=True)) == 3
+
+
+def test_publishing_spares_what_it_did_not_publish(tmp_path, precious):
+    finished_run(tmp_path / "run", "base")
+    with pytest.raises(FileExistsError, match="precious isn't empty"):
+        publish.publish(tmp_path / "run", precious, overwrite=True)
+    publish.publish(tmp_path / "run", tmp_path / "record")
+    (tmp_path / "record/notes.md").write_text("mine")
+    with pytest.raises(FileExistsError, match="not published .notes.md"):
+        publish.publish(tmp_path / "run", tmp_path / "record", overwrite=True)
+    assert (tmp_path / "record/notes.md").read_text() == "mine" and (precious / "thesis.txt").is_file()
+
+
+def test_a_finished_run_of_other_weights_is_not_replaced(tmp_path):
+    finished_run(tmp_path, "base")
+    out = tmp_path / "evolution/games/m/base"
+    values = runs.parameters.defaults_of("06_evolve_collusion")
+    before = contents(out)
+    with pytest.raises(FileExistsError, match="holds a finished run of 'weights', asked was 'others'"):
+        evolution.record(runs.Run("06_evolve_collusion", values, out), "others")
+    assert contents(out) == before
+    allowed = runs.Run("06_evolve_collusion", values | {"overwrite": True}, out)
+    evolution.record(allowed, "others").close()
+    assert (out / "replies.jsonl").is_file() and not (out / "manifest.json").exists()
+
+
+def test_the_manifest_holds_every_parameter(tmp_path):
+    finished_run(tmp_path, "base")
+    facts = json.loads((tmp_path / "evolution/games/m/base/manifest.json").read_text())
+    assert set(facts["settings"]) == set(runs.parameters.defaults_of("06_evolve_collusion"))
+    assert facts["identity"] == "weights" and facts["counts"]["faults"] == {}
