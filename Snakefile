@@ -12,50 +12,42 @@ a job. profiles/slurm can change them; profiles/default gives a model job all co
 """
 
 import json
+import re
 import shlex
-from pathlib import Path
+from functools import cache
 
-from atp_utils.code_digest import code_digest
-from atp_utils.parameters import ALIGN, EVOLVE, check, read_profile
+from atp_utils.code_digest import closure, code_digest
+from atp_utils.parameters import ALIGN, EVOLVE, as_folder, check, read_profile, run_folder
 
-PROFILE = config.get("profile", "quick")
+PROFILE = str(config.get("profile", "quick"))
 SETTINGS = read_profile(PROFILE)
-RUN = f"runs/{Path(PROFILE).stem}"
-# Hub ids hold a slash, file names can't.
-MODELS = {name.replace("/", "--"): name for name in SETTINGS.models}
+RUN = run_folder(PROFILE)
+MODELS = {as_folder(name): name for name in SETTINGS.models}
 # `make reproduce URLS=...`: servers that answer all evolutions (docs/servers.md). They are no `params`, so that a
 # finished run isn't asked again for having been asked elsewhere.
 URLS, KEY = str(config.get("urls") or ""), str(config.get("key_variable") or "")
-SERVED = check("04_evolve_role_play", {"adapter": "", "urls": URLS.split(","), "key_variable": KEY} if URLS else {})
-SERVED = " ".join(f"-p {name} {shlex.quote(json.dumps(value))}" for name, value in SERVED.items())
 # What an evolution reads: prompts that were written, or a grid that it makes itself.
 PROMPTS = {name: f"{RUN}/data/{name}/test.jsonl" for name in ("role_play", "tool_use")}
 PROMPTS |= {"collusion": "data/environments/collusion.yaml"}
-MODULES = {
-    "data": ["files", "role_play", "collusion", "tool_items", "problems", "problem_filters", "problem_templates"]
-    + ["problem_families", "problem_families_algebra", "problem_registry"],
-    "tool_use": ["answers", "sandbox", "tool_calls", "tool_items"],
-    "align": ["align", "train", "launch", "memory", "models", "protocol", "engine"],
-    "evolve": ["decisions", "engine", "engines", "evolve", "journal", "models", "protocol", "transformers_engine"]
-    + ["kv_cache", "openai_engine", "openai_wire"],
-    "figures": ["plots", "stats", "tables", "tipping", "tool_tables"],
-}
 
 
-def modules(step):
-    return [f"atp_utils/{name}.py" for name in MODULES[step]]
+def given(**values):
+    """Options of `atp_utils.run`, quoted for the shell: paths and names may hold anything."""
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    return shlex.join(word for name, text in texts.items() for word in ("-p", name, text))
 
 
-def align_code(wildcards):
-    pairs = [*modules("tool_use"), "atp_utils/tool_pairs.py"] if wildcards.scenario == "tool_use" else []
-    book = f"notebooks/{ALIGN[wildcards.method]}.ipynb"
-    return code_digest(book, f"atp_utils/{wildcards.scenario}.py", *pairs, *modules("align"))
+SERVED = check("04_evolve_role_play", {"urls": URLS.split(","), "key_variable": KEY} if URLS else {})
+SERVED = given(adapter="", **SERVED) if URLS else ""
 
 
-def evolve_code(wildcards):
-    tools = modules("tool_use") if wildcards.scenario == "tool_use" else []
-    book = f"notebooks/{EVOLVE[wildcards.scenario]}.ipynb"
-    return code_digest(book, f"atp_utils/{wildcards.scenario}.py", *tools, *modules("evolve"))
+@cache
+def code(book):
+    """Digest of all code that a notebook runs."""
+    # What all scenarios share counts for each. That is cheap: a job whose own scenario hasn't changed replays its
+    # replies, or finds its adapter.
+    path = f"notebooks/{book}.ipynb"
+    return code_digest(path, *closure(path))
 
 
 def adapter_manifest(wildcards):
@@ -64,15 +56,25 @@ def adapter_manifest(wildcards):
     return f"{RUN}/adapters/{wildcards.scenario}/{wildcards.model}/{wildcards.arm}/manifest.json"
 
 
-def adapter(wildcards):
+def align_given(wildcards):
+    out = f"{RUN}/adapters/{wildcards.scenario}/{wildcards.model}/{wildcards.method}"
+    model, scenario = MODELS[wildcards.model], wildcards.scenario
+    return given(model=model, scenario=scenario, data=f"{RUN}/data", out=out, overwrite=True)
+
+
+def evolve_given(wildcards):
+    model, arm = MODELS[wildcards.model], wildcards.arm
     # Servers that the profile names hold the adapters themselves.
-    served = SETTINGS.parameters(EVOLVE[wildcards.scenario], None, MODELS[wildcards.model]).get("urls")
-    return "" if wildcards.arm == "base" or served else adapter_manifest(wildcards).removesuffix("/manifest.json")
+    served = SETTINGS.parameters(EVOLVE[wildcards.scenario], None, model).get("urls")
+    adapter = "" if arm == "base" or served else adapter_manifest(wildcards).removesuffix("/manifest.json")
+    data = {"data": f"{RUN}/data"} if wildcards.scenario != "collusion" else {}
+    out = f"{RUN}/evolution/{wildcards.scenario}/{wildcards.model}/{arm}"
+    return given(model=model, arm=arm, adapter=adapter, out=out, **data, overwrite=True)
 
 
 wildcard_constraints:
     scenario="|".join(SETTINGS.scenarios),
-    model="|".join(MODELS),
+    model="|".join(map(re.escape, MODELS)),
     arm="base|dpo|grpo",
     method="dpo|grpo",
 
@@ -95,7 +97,8 @@ rule data:
         f"{RUN}/data/tool_use/test.jsonl",
     params:
         notebook="notebooks/01_generate_data.ipynb",
-        code=code_digest("notebooks/01_generate_data.ipynb", *modules("data")),
+        code=code("01_generate_data"),
+        given=given(out=f"{RUN}/data", overwrite=True),
         settings=SETTINGS.parameters("01_generate_data"),
     log:
         notebook=f"{RUN}/notebooks/01_generate_data.ipynb",
@@ -105,7 +108,7 @@ rule data:
         mem_mb=8000,
         runtime=120,
     shell:
-        "python -m atp_utils.run {params.notebook} {log.notebook} --profile {PROFILE} -p out {RUN}/data"
+        "python -m atp_utils.run {params.notebook} {log.notebook:q} --profile {PROFILE:q} {params.given}"
 
 
 rule align:
@@ -115,10 +118,10 @@ rule align:
         f"{RUN}/adapters/{{scenario}}/{{model}}/{{method}}/manifest.json",
     params:
         notebook=lambda w: f"notebooks/{ALIGN[w.method]}.ipynb",
-        code=align_code,
+        code=lambda w: code(ALIGN[w.method]),
         name=lambda w: MODELS[w.model],
+        given=align_given,
         settings=lambda w: SETTINGS.parameters(ALIGN[w.method], w.scenario, MODELS[w.model]),
-        out=f"{RUN}/adapters/{{scenario}}/{{model}}/{{method}}",
     log:
         notebook=f"{RUN}/notebooks/align-{{scenario}}-{{model}}-{{method}}.ipynb",
     message:
@@ -129,8 +132,7 @@ rule align:
         mem_mb=64000,
         runtime=1440,
     shell:
-        "python -m atp_utils.run {params.notebook} {log.notebook} --profile {PROFILE} -p model {params.name}"
-        " -p scenario {wildcards.scenario} -p data {RUN}/data -p out {params.out}"
+        "python -m atp_utils.run {params.notebook} {log.notebook:q} --profile {PROFILE:q} {params.given}"
 
 
 rule evolve:
@@ -141,12 +143,10 @@ rule evolve:
         f"{RUN}/evolution/{{scenario}}/{{model}}/{{arm}}/manifest.json",
     params:
         notebook=lambda w: f"notebooks/{EVOLVE[w.scenario]}.ipynb",
-        code=evolve_code,
+        code=lambda w: code(EVOLVE[w.scenario]),
         name=lambda w: MODELS[w.model],
+        given=evolve_given,
         settings=lambda w: SETTINGS.parameters(EVOLVE[w.scenario], None, MODELS[w.model]),
-        adapter=adapter,
-        data=lambda w: f"-p data {RUN}/data" if w.scenario != "collusion" else "",
-        out=f"{RUN}/evolution/{{scenario}}/{{model}}/{{arm}}",
     message:
         "evolve: {wildcards.scenario}, {params.name}, {wildcards.arm}"
     log:
@@ -157,8 +157,7 @@ rule evolve:
         mem_mb=64000,
         runtime=1440,
     shell:
-        "python -m atp_utils.run {params.notebook} {log.notebook} --profile {PROFILE} -p model {params.name}"
-        " -p arm {wildcards.arm} -p adapter '{params.adapter}' -p out {params.out} {params.data} {SERVED}"
+        "python -m atp_utils.run {params.notebook} {log.notebook:q} --profile {PROFILE:q} {params.given} {SERVED}"
 
 
 rule figures:
@@ -170,9 +169,11 @@ rule figures:
             model=MODELS,
             arm=SETTINGS.arms,
         ),
-        modules("figures"),
     output:
         touch(f"{RUN}/figures/{{book}}.done"),
+    params:
+        code=lambda w: code(w.book),
+        given=given(results=f"{RUN}/evolution", figures=f"{RUN}/figures", overwrite=True),
     log:
         notebook=f"{RUN}/notebooks/{{book}}.ipynb",
     message:
@@ -181,4 +182,4 @@ rule figures:
         mem_mb=8000,
         runtime=60,
     shell:
-        "python -m atp_utils.run {input[0]} {log.notebook} -p results {RUN}/evolution -p figures {RUN}/figures"
+        "python -m atp_utils.run {input[0]} {log.notebook:q} {params.given}"

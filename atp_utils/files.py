@@ -3,8 +3,9 @@
 import contextlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,10 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from atp_utils import shown
 
 Model = TypeVar("Model", bound=BaseModel)
+NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9]*)$",
+    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|nan|NaN)$",
+}
 
 
 @contextlib.contextmanager
@@ -69,18 +74,58 @@ def read_jsonl(path: Path, model: type[Model]) -> list[Model]:
     return rows
 
 
+class Loader(yaml.SafeLoader):
+    """YAML without its surprises: a key stands once, 1e-5 is a number, and 1:30, 010 and 1_000 aren't others."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag not in NUMBERS]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} twice", key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+for tag, pattern in NUMBERS.items():
+    Loader.add_implicit_resolver(tag, re.compile(pattern), list("-+.0123456789"))
+
+
 def read_yaml(path: Path, kind: Any) -> Any:
-    """Content of the YAML file ``path`` checked against ``kind``; raises ValueError naming line or field."""
+    """Content of the YAML file ``path`` checked against ``kind``; raises ValueError naming line and key."""
     if not path.is_file():
         raise FileNotFoundError(f"{shown(path)}: no such file")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{shown(path)}: not valid YAML: {' '.join(str(error).split())}") from None
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
-        raise ValueError(f"{shown(path)}: {explain(error)}") from None
+        raise ValueError(f"{shown(path)}: {explain(error, line=lambda keys: line_of(path, keys))}") from None
+
+
+def line_of(path: Path, keys: Sequence[str | int]) -> int:
+    """Line of a valid YAML file at which the entry under ``keys`` stands, or the innermost that is there; from 1."""
+    node = yaml.compose(path.read_text(encoding="utf-8"), Loader)
+    line = 1
+    for wanted in keys:
+        if isinstance(node, yaml.MappingNode):
+            entries = {key.value: (key.start_mark.line + 1, value) for key, value in node.value}
+        elif isinstance(node, yaml.SequenceNode):
+            entries = {str(place): (value.start_mark.line + 1, value) for place, value in enumerate(node.value)}
+        else:
+            break
+        if str(wanted) not in entries:
+            break
+        line, node = entries[str(wanted)]
+    return line
 
 
 def read_named(path: Path, model: type[Model], what: str) -> list[Model]:
@@ -92,11 +137,17 @@ def read_named(path: Path, model: type[Model], what: str) -> list[Model]:
     return entries
 
 
-def explain(error: ValidationError, quoted: bool = True) -> str:
-    """One line for a pydantic error: where, what was wrong, and what stood there if it may be ``quoted``."""
+def explain(error: ValidationError, quoted: bool = True, line: Callable[[Sequence], int] | None = None) -> str:
+    """One line for a pydantic error: where, what was wrong, and what stood there if it may be ``quoted``.
+
+    ``line`` gives the line of a file for the keys that lead to a value.
+    """
     parts = []
     for detail in error.errors(include_url=False):
         where = ".".join(str(part) for part in detail["loc"])
+        where = f"{where}: " if where else ""
+        if line:
+            where = f"line {line(detail['loc'])}, {where}"
         got = f" (got {str(detail['input'])[:80]!r})" if quoted else ""
-        parts.append(f"{where + ': ' if where else ''}{detail['msg']}{got}")
+        parts.append(f"{where}{detail['msg']}{got}")
     return "; ".join(parts)

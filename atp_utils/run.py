@@ -14,24 +14,52 @@ from pathlib import Path
 import papermill
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
+from zmq import IPC_PATH_MAX_LEN
 
 from atp_utils import ROOT, parameters, resolve, shown
 
 
 def run(notebook: str | Path, out: str | Path, values: dict) -> None:
-    """Execute ``notebook`` with ``values`` into ``out``; raises PapermillExecutionError where a cell does."""
+    """Execute ``notebook`` with ``values`` into ``out``; raises PapermillExecutionError where a cell does.
+
+    Raises ValueError for wrong values, and FileExistsError for an ``out`` that is no executed notebook.
+    """
     source, target = resolve(notebook), resolve(out)
     checked = parameters.check(source.stem, values)
+    check_target(source, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("ATP_PROGRESS", progress_file())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.getLogger("papermill").setLevel(logging.WARNING)
     # Sockets in a folder of this user's own; TCP ports on a shared machine are anybody's.
-    with tempfile.TemporaryDirectory(prefix="atp-") as sockets:
+    with tempfile.TemporaryDirectory(prefix="atp-", dir=socket_folder()) as sockets:
         transport = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
         papermill.execute_notebook(
             str(source), str(target), checked, progress_bar=False, cwd=str(ROOT), config=transport
         )
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Raise FileExistsError where ``target`` holds anything but what papermill once wrote there, whole or cut off."""
+    if target.is_dir():
+        raise FileExistsError(f"{shown(target)} is a folder; the executed notebook needs the name of a file")
+    if not target.is_file() or not target.stat().st_size:
+        return
+    if target.samefile(source) or '"papermill": {' not in target.read_text(encoding="utf-8", errors="replace"):
+        raise FileExistsError(f"{shown(target)} is no executed notebook and stays: name another file, or remove it")
+
+
+def socket_folder() -> str:
+    """A folder whose path leaves room for a kernel's sockets: the first of TMPDIR, XDG_RUNTIME_DIR and /tmp.
+
+    The system limits a socket's path to about a hundred bytes. Raises ValueError where all are too long or closed.
+    """
+    room = IPC_PATH_MAX_LEN - len("/atp-12345678/kernel-5")
+    folders = [tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp"]
+    for folder in folders:
+        if folder and len(os.fsencode(folder)) <= room and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise ValueError(f"no folder for a kernel's sockets: set TMPDIR to a writable path of at most {room} bytes")
 
 
 def progress_file() -> str:
@@ -63,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--profile", help="take the notebook's parameters from profiles/PROFILE.yaml; -p wins")
     options = parser.parse_args(arguments)
-    given = {name: parameters.from_text(value) for name, value in options.values}
+    given = {name: parameters.from_text(name, value) for name, value in options.values}
     try:
         values = given
         if options.profile:
@@ -71,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
             name = Path(options.notebook).stem
             values = profile.parameters(name, given.get("scenario"), given.get("model")) | given
         run(options.notebook, options.out, values)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except PapermillExecutionError as error:

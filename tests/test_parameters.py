@@ -1,7 +1,10 @@
+import os
+import re
+
 import pytest
 
 from atp_utils import parameters, resolve
-from atp_utils.parameters import check, from_text, read_profile
+from atp_utils.parameters import check, from_text, read_profile, run_folder
 
 BOOKS = sorted(path.stem for path in resolve("notebooks").glob("*.ipynb"))
 PROFILES = sorted(path.stem for path in resolve("profiles").glob("*.yaml"))
@@ -32,7 +35,8 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
     [
         ("rounds", 0), ("rounds", 2.5), ("rounds", "6"), ("rounds", True), ("seeds", []), ("seeds", [0, -1]),
         ("arm", "ppo"), ("protocol", "ask"), ("temperature", -0.1), ("top_p", 0), ("thinking", "perhaps"),
-        ("model", ""), ("items", None),
+        ("model", ""), ("items", None), ("temperature", True), ("temperature", float("inf")), ("top_p", float("nan")),
+        ("temperature", "nan"), ("temperature", "1:30"), ("thinking", 1), ("thinking", "true"), ("seeds", [0, 0]),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_by_name(name, value):
@@ -40,11 +44,29 @@ def test_a_wrong_value_is_refused_by_name(name, value):
         check("04_evolve_role_play", {name: value})
 
 
-def test_numbers_as_yaml_and_the_command_line_write_them():
+def test_payoffs_are_numbers():
+    assert check("06_evolve_collusion", {"payoffs": [[2, 1.5, "1e-1"]]}) == {"payoffs": [[2.0, 1.5, 0.1]]}
+    for wrong in (True, float("inf"), "much"):
+        with pytest.raises(ValueError, match="parameter payoffs: 0.2: "):
+            check("06_evolve_collusion", {"payoffs": [[2, 1.5, wrong]]})
+
+
+def test_a_number_may_be_written_as_text():
     assert check("02_align_dpo", {"learning_rate": "1e-5"}) == {"learning_rate": 1e-5}
-    assert [from_text(text) for text in ("3", "[0, 1]", "true", "role_play", "0.5", "")] == [
-        3, [0, 1], True, "role_play", 0.5, ""
-    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("rounds", "3", 3), ("seeds", "[0, 1]", [0, 1]), ("thinking", "true", True),
+        ("scenario", "role_play", "role_play"), ("temperature", "0.5", 0.5),
+        ("adapter", "", ""), ("unknown", "x", "x"), ("rounds", "many", "many"),
+        # Where text is taken it is never read as anything else.
+        ("model", "123", "123"), ("model", "true", "true"), ("out", '"a"', '"a"'), ("prefill", '{"a": 1}', '{"a": 1}'),
+    ],
+)  # fmt: skip
+def test_values_of_the_command_line(name, text, value):
+    assert from_text(name, text) == value
 
 
 PROFILE = """
@@ -65,7 +87,8 @@ notebooks:
         ("[base]", "[base, sft]", r"arms\.1"),
         ("arms: [base]", "arm: base", "arms: Field required.*arm: Extra"),
         ("[base]", "[base", "not valid YAML"),
-        ("smollm2-135m: {}", "smollm2-135m: {01_generate_data: {seed: x}}", "parameter seed"),
+        ("smollm2-135m: {}", "smollm2-135m: {02_align_dpo: {seed: x}}", "parameter seed"),
+        ("[base]", "[base, base]", "line 3, arms: .*'base' stands twice"),
     ],
 )
 def test_a_bad_profile_is_refused_by_file_and_key(tmp_path, old, new, message):
@@ -75,6 +98,84 @@ def test_a_bad_profile_is_refused_by_file_and_key(tmp_path, old, new, message):
     path.write_text(PROFILE.replace(old, new))
     with pytest.raises((ValueError, FileNotFoundError), match=rf"(?s)(mine\.yaml.*)?{message}"):
         read_profile(str(path))
+
+
+NOTEBOOKS = "  01_generate_data: {seed: 1}\n"
+
+
+@pytest.mark.parametrize(
+    ("added", "line", "message"),
+    [
+        ("  01_generate_data: {seed: 2}", 7, "key '01_generate_data' twice"),
+        ("  02_align_dpo:\n    seed: 1\n    beta: 1\n    seed: 1", 10, "key 'seed' twice"),
+        ("  02_align_dpo/roleplay: {}", 7, "02_align_dpo/roleplay: no scenario 'roleplay' .*role_play"),
+        ("  02_align_dpo/: {}", 7, "02_align_dpo/: no scenario ''"),
+        ("  02_align_dpo/role_play/x: {}", 7, "no scenario 'role_play/x'"),
+        ("  04_evolve_role_play/role_play: {}", 7, "04_evolve_role_play/role_play: .* takes no scenario"),
+        ("  01_generate_data/role_play: {}", 7, "takes no scenario"),
+        ("  02_align_dpo:\n    seed: 1\n    learning_rate: .inf", 9, "learning_rate: .*finite"),
+        ("  02_align_dpo: {learning_rate: -.inf}", 7, "learning_rate: .*finite"),
+        ("  02_align_dpo: {beta: .nan}", 7, "beta: .*finite"),
+        ("  02_align_dpo: {beta: true}", 7, "beta: .*not true or false"),
+        ("  02_align_dpo: {beta: yes}", 7, "beta: .*not true or false"),
+        ("  02_align_dpo: {beta: 1:30}", 7, "beta: .*'1:30'"),
+        ("  02_align_dpo: {seed: 1:30}", 7, "seed: .*'1:30'"),
+        ("  02_align_dpo: {seed: 010}", 7, "seed: .*valid integer"),
+        ("  02_align_dpo: {checkpoint_activations: 1}", 7, "checkpoint_activations: .*valid boolean"),
+        ("  02_align_dpo: {scenario: collusion}", 7, "scenario is set by the pipeline"),
+        ("  08_figures: {figures: mine}", 7, "figures is set by the pipeline"),
+        ("  04_evolve_role_play:\n    seeds: [0, x]", 8, "seeds: "),
+        ("  04_evolve_role_play: 3", 7, "04_evolve_role_play: .*valid dictionary"),
+        ("models:\n  m: {}", 7, "key 'models' twice"),
+    ],
+)
+def test_what_a_profile_got_wrong_is_named_by_line_and_key(tmp_path, added, line, message):
+    path = tmp_path / "mine.yaml"
+    assert PROFILE.endswith(NOTEBOOKS)
+    path.write_text(f"{PROFILE}{added}\n")
+    with pytest.raises(ValueError, match=rf"mine\.yaml.*\bline {line}\b") as error:
+        read_profile(str(path))
+    assert re.search(message, str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ("{a/b: {}, a--b: {}}", "'a/b' and 'a--b' are the same model, or would share a folder"),
+        ("{~/m: {}, HOME/m: {}}", "'~/m' and .*/m' are the same model"),
+        ("{m: {01_generate_data: {seed: 2}}}", "01_generate_data: .*belong under notebooks"),
+        ("{m: {02_align_dpo/roleplay: {}}}", "no scenario 'roleplay'"),
+        ("{'a{b}': {}}", "can't name a folder"),
+        ("{-m: {}}", "can't name a folder"),
+        ("{..: {}}", "can't name a folder"),
+        ('{"a\\nb": {}}', "can't name a folder"),
+        ("{'m ': {}}", "can't name a folder"),
+        (f"{{{'m' * 201}: {{}}}}", "longer than 200 bytes"),
+        ("{5: {}}", "valid string"),
+    ],
+)
+def test_models_that_would_get_lost_are_refused(tmp_path, models, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(PROFILE.replace("{smollm2-135m: {}}", models.replace("HOME", os.path.expanduser("~"))))
+    with pytest.raises(ValueError, match=rf"mine\.yaml.*line 2, .*{message}"):
+        read_profile(str(path))
+
+
+def test_a_model_is_known_by_any_of_its_paths(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(PROFILE.replace("{smollm2-135m: {}}", "{~/m: {02_align_dpo: {beta: 3}}, a/b: {}}"))
+    profile = read_profile(str(path))
+    for name in ("~/m", os.path.expanduser("~/m"), "~/./m"):
+        assert profile.parameters("02_align_dpo", "role_play", name) == {"beta": 3}
+    assert profile.parameters("02_align_dpo", "role_play", "a/b") == {}
+
+
+@pytest.mark.parametrize(
+    ("profile", "folder"),
+    [("quick", "runs/quick"), ("~/a b/m&co.yaml", "runs/m&co"), ("v1.0", "runs/v1.0"), ("/x/v1.1.yaml", "runs/v1.1")],
+)
+def test_a_run_has_its_profiles_name(profile, folder):
+    assert run_folder(profile) == folder
 
 
 def test_an_unknown_profile_names_the_known_ones():

@@ -1,20 +1,24 @@
 """What makes the workflow run a job again, on a copy of the repository whose jobs count as done."""
 
+import json
 import os
 import re
+import shlex
 import shutil
-import socket
 import subprocess
 import sys
 
 import nbformat
 import pytest
+import yaml
 
 from atp_utils import ROOT
+from atp_utils.code_digest import closure
+from atp_utils.parameters import read_profile
 
 
-def snakemake(root, *arguments):
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "profile=tests/profiles/smoke.yaml"]
+def snakemake(root, *arguments, profile="tests/profiles/smoke.yaml", config=()):
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", f"profile={profile}", *config]
     done = subprocess.run(
         [*command, *arguments], cwd=root, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)}
     )
@@ -65,9 +69,10 @@ def test_prose_reruns_no_model(finished):
             else:
                 cell.source, cell.outputs = f"# Another comment.\n{cell.source}", []
         nbformat.write(content, book)
-    module = finished / "atp_utils/evolve.py"
-    _, docstring, rest = module.read_text().split('"""', 2)
-    module.write_text(f'"""Other words: {docstring}"""{rest}\n# The end.\n')
+    for name in closure("notebooks/04_evolve_role_play.ipynb", "notebooks/08_figures.ipynb"):
+        module = finished / name
+        _, docstring, rest = module.read_text().split('"""', 2)
+        module.write_text(f'"""Other words: {docstring}"""{rest}\n# The end.\n')
     assert jobs(finished) == {}
     edit(finished, "08_figures", "markdown", "\nMore.")
     assert jobs(finished) == {"figures": 1}
@@ -80,6 +85,13 @@ def test_code_reruns_what_depends_on_it(finished):
     module = finished / "atp_utils/align.py"
     module.write_text(module.read_text() + "\nADDED = 1\n")
     assert jobs(finished) == {"align": 6, "evolve": 7, "figures": 2}
+    snakemake(finished, "--touch", "--forceall")
+    # Nothing imports what the sandbox runs in its other process.
+    worker = finished / next(
+        name for name in closure("notebooks/05_evolve_tool_use.ipynb") if "_sandbox_worker" in name
+    )
+    worker.write_text(worker.read_text() + "\nADDED = 1\n")
+    assert jobs(finished)["evolve"] >= 3
 
 
 def asked(root, *arguments):
@@ -111,11 +123,69 @@ def test_on_one_machine_a_model_job_takes_all_cores(finished):
     assert threads == {"data": "1", "align": "16", "evolve": "16", "figures": "1"}
 
 
-def test_progress_goes_to_a_log_and_not_to_a_socket(tmp_path):
-    """A cluster's job writes to a pipe or a file; ssh without a terminal gives a socket, which can't be opened."""
-    command = [sys.executable, "-c", "from atp_utils import run; print(run.progress_file())"]
-    ours, theirs = socket.socketpair()
-    with ours, theirs, (tmp_path / "log").open("w") as log:
-        for stderr, expected in (theirs, os.devnull), (log, "/fd/2"), (subprocess.PIPE, "/fd/2"):
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT, check=True)
-            assert done.stdout.strip().endswith(expected)
+ODD = [
+    "a b",
+    "m&co",
+    "c++-(v1)",
+    "~/m",
+    "it's",
+    'say "hi"',
+    "$HOME",
+    "größe/模型",
+    "a;b|c",
+    "50%",
+    "#1",
+    "*",
+    "x,y",
+    "/abs/m",
+]
+
+
+def commands(root, **given):
+    """The words of each shell command that a run of everything would start, as a shell splits them."""
+    text = snakemake(root, "--dry-run", "--forceall", "--printshellcmds", **given)
+    return [shlex.split(command) for command in re.findall(r"python -m atp_utils\.run .*", text)]
+
+
+@pytest.mark.parametrize("stem", ["my profile", "c++-(v1).2", "m&co's"])
+def test_any_name_reaches_the_notebooks_whole(finished, tmp_path, stem):
+    names = ODD if stem == "my profile" else ODD[:1]
+    content = yaml.safe_load((finished / "tests/profiles/smoke.yaml").read_text()) | {
+        "models": {name: {"02_align_dpo": {"beta": 0.25}} for name in names},
+        "scenarios": ["role_play"],
+    }
+    profile = tmp_path / "a folder" / f"{stem}.yaml"
+    profile.parent.mkdir()
+    profile.write_text(yaml.safe_dump(content, allow_unicode=True))
+    found = commands(finished, profile=profile)
+    # Data and figures once, and two trainings and three evolutions for each model.
+    assert len(found) == 2 + 5 * len(names)
+    seen = set()
+    for words in found:
+        assert words[4].startswith(f"runs/{stem}/notebooks/") and words[3].startswith("notebooks/")
+        rest = words[5:]
+        if rest[0] == "--profile":
+            assert rest[1] == str(profile)
+            rest = rest[2:]
+        values = {name: value for flag, name, value in zip(rest[::3], rest[1::3], rest[2::3], strict=True)}
+        assert set(rest[::3]) == {"-p"} and values["overwrite"] == "true"
+        if "model" in values:
+            folder = values["model"].replace("/", "--")
+            assert values["out"].startswith(f"runs/{stem}/") and f"/role_play/{folder}/" in values["out"]
+            assert not values.get("adapter") or values["adapter"].startswith(
+                f"runs/{stem}/adapters/role_play/{folder}/"
+            )
+            seen.add(values["model"])
+            # Its settings are found by the very word that the notebook is started with.
+            assert read_profile(str(profile)).parameters("02_align_dpo", "role_play", values["model"])["beta"] == 0.25
+    assert seen == set(names)
+
+
+def test_servers_reach_the_notebooks_whole(finished):
+    urls = ["http://a:8000/it's/v1", "http://b:8000/m&co/v1"]
+    found = commands(finished, config=(f"urls={','.join(urls)}", "key_variable=A_KEY"))
+    evolutions = [words for words in found if "_evolve_" in words[3]]
+    assert len(evolutions) == 9
+    for words in evolutions:
+        # What stands last wins: servers hold the adapters themselves.
+        assert words[-9:] == ["-p", "adapter", "", "-p", "urls", json.dumps(urls), "-p", "key_variable", "A_KEY"]

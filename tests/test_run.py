@@ -1,0 +1,111 @@
+"""Running one notebook: what it may overwrite, where its sockets and its progress go."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from zmq import IPC_PATH_MAX_LEN
+
+from atp_utils import ROOT, resolve, run
+
+BOOK = "notebooks/01_generate_data.ipynb"
+
+
+def notebook(path, *cells, **metadata):
+    cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata |= {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
+    return path
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    """A notebook of one cell without parameters."""
+    monkeypatch.setattr(run.parameters, "check", lambda _, values: values)
+    return notebook(tmp_path / "book.ipynb", "print(6 * 7)")
+
+
+def executed(path):
+    return nbformat.read(path, as_version=4).cells[-1].outputs[0].text
+
+
+def test_an_executed_notebook_is_replaced(book, tmp_path):
+    out = tmp_path / "out.ipynb"
+    run.run(book, out, {})
+    assert executed(out) == "42\n"
+    notebook(book, "print(6 * 8)")
+    run.run(book, out, {})
+    assert executed(out) == "48\n"
+    # A job that was killed in the middle of writing must not keep the next one from starting.
+    for left in out.read_text()[: out.stat().st_size // 2], "":
+        out.write_text(left)
+        run.run(book, out, {})
+        assert executed(out) == "48\n"
+
+
+def test_nothing_else_is_replaced(book, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.papermill, "execute_notebook", lambda *_, **__: pytest.fail("work began"))
+    other = notebook(tmp_path / "other.ipynb", "print(1)")
+    text = tmp_path / "README.md"
+    text.write_text("# Mine\n")
+    itself = notebook(tmp_path / "itself.ipynb", "print(1)", papermill={"version": "2"})
+    link = tmp_path / "link.ipynb"
+    link.symlink_to(itself)
+    for source, out in (book, other), (book, text), (book, book), (itself, itself), (itself, link), (book, tmp_path):
+        before = out.read_bytes() if out.is_file() else None
+        with pytest.raises(FileExistsError, match=out.name):
+            run.run(source, out, {})
+        assert before is None or out.read_bytes() == before
+
+
+def test_the_command_line_names_what_it_will_not_replace(tmp_path, capsys):
+    before = resolve(BOOK).read_bytes()
+    for out in ("README.md", "notebooks/02_align_dpo.ipynb", BOOK):
+        assert run.main([BOOK, out]) == 2
+        assert capsys.readouterr().err == (
+            f"error: {out} is no executed notebook and stays: name another file, or remove it\n"
+        )
+    assert resolve(BOOK).read_bytes() == before
+
+
+def test_a_long_temporary_folder_is_no_obstacle(book, tmp_path):
+    """Sockets of a kernel stand in a file system, and the system limits their paths."""
+    long = tmp_path / ("t" * 98)
+    long.mkdir()
+    code = "import sys; from atp_utils import run; run.parameters.check = lambda _, v: v; run.run(*sys.argv[1:], {})"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(book), str(tmp_path / "out.ipynb")],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(long)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert executed(tmp_path / "out.ipynb") == "42\n" and not list(long.iterdir())
+
+
+def test_sockets_stay_in_the_temporary_folder_while_they_fit(tmp_path, monkeypatch):
+    room = IPC_PATH_MAX_LEN - len("/atp-12345678/kernel-5")
+    fits, longer = (f"/{'x' * (size - 1)}" for size in (room, room + 1))
+    monkeypatch.setattr(run.os, "access", lambda folder, _: folder != "/closed")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/me")
+    for folder, chosen in (fits, fits), (longer, "/run/me"), ("/closed", "/run/me"):
+        monkeypatch.setattr(run.tempfile, "gettempdir", lambda folder=folder: folder)
+        assert run.socket_folder() == chosen
+    monkeypatch.setattr(run.tempfile, "gettempdir", lambda: longer)
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert run.socket_folder() == "/tmp"
+    monkeypatch.setattr(run.os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match=f"set TMPDIR to a writable path of at most {room} bytes"):
+        run.socket_folder()
+
+
+def test_progress_goes_to_a_log_and_not_to_a_socket(tmp_path):
+    """A cluster's job writes to a pipe or a file; ssh without a terminal gives a socket, which can't be opened."""
+    command = [sys.executable, "-c", "from atp_utils import run; print(run.progress_file())"]
+    ours, theirs = socket.socketpair()
+    with ours, theirs, (tmp_path / "log").open("w") as log:
+        for stderr, expected in (theirs, os.devnull), (log, "/fd/2"), (subprocess.PIPE, "/fd/2"):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT, check=True)
+            assert done.stdout.strip().endswith(expected)
