@@ -4,10 +4,11 @@ The paper compares the reply's number with the ground truth by exact match withi
 say how the number is found. The rules here never guess: a reply that marks no readable answer is
 *invalid* (`None`), an outcome of its own for the caller to count.
 
-1. What stands inside `<think>...</think>` and `<tool>...</tool>` is ignored. An unclosed tag hides
-   everything after it; a `</think>` that was never opened hides everything before it (some chat
-   templates open it in the prompt).
-2. An answer is marked by, in this order: `\boxed{...}`; JSON `{"answer": ...}`; `Answer: ...`, a line
+1. What stands inside thinking (`parsing.THINKING`) and `<tool>...</tool>` is ignored. An unclosed tag
+   hides everything after it; a closing mark of thinking that was never opened hides everything before
+   it (some chat templates open it in the prompt).
+2. An answer is marked by, in this order: `\boxed{...}`, or `\boxed` and a number without braces; JSON
+   `{"answer": ...}`; `Answer: ...`, a heading `### Answer` or `**Answer**` above the number, a line
    `#### ...` or the phrase `answer is ...`. A weaker mark counts only where no stronger one occurs.
 3. Of several marks of one kind the last one counts. If it can't be read as one number, the reply is
    invalid: an earlier mark isn't fallen back on. An empty `\boxed{}` (an echo of the instruction), a
@@ -22,11 +23,12 @@ makes the text unreadable.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from fractions import Fraction
 from numbers import Integral, Rational
+
+from atp_utils.parsing import divide, json_string, json_values
 
 MAX_CHARS = 400  # a longer text isn't a number; this also bounds the work spent on one mark
 MAX_EXPONENT = 400  # 1e999999 would build a million digits
@@ -51,8 +53,8 @@ _LATEX_FRACTION = re.compile(
     re.ASCII,
 )
 _SCIENTIFIC = re.compile(
-    rf"(?P<n>{_number('s1')})(?:[eE](?P<e>[-+]?\d+)|\s*(?:[×*x·]|\\times|\\cdot)\s*10"
-    r"(?:(?:\^|\*\*)\s*(?:\{\s*(?P<b>[-+]?\d+)\s*\}|(?P<p>[-+]?\d+))|(?P<u>⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+)))",
+    rf"(?P<n>{_number('s1')})[eE](?P<e>[-+]?\d+)|(?:(?P<f>{_number('s2')})\s*(?:[×*x·]|\\times|\\cdot)\s*)?10"
+    r"(?:(?:\^|\*\*)\s*(?:\{\s*(?P<b>[-+]?\d+)\s*\}|(?P<p>[-+]?\d+))|(?P<u>⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+))",
     re.ASCII,
 )
 _MIXED = re.compile(r"(?P<whole>\d+)\s+(?P<n>\d+)\s*/\s*(?P<d>\d+)", re.ASCII)
@@ -64,7 +66,7 @@ _SCALE = re.compile(rf"[\s{_BREAK}]*({'|'.join(_SCALES)})s?\b", re.IGNORECASE)
 _LETTER = r"[^\W\d_²³]"
 # One character at a time and no two alternatives alike: nothing to backtrack into.
 _UNITS = re.compile(
-    rf"(?:{_LETTER}|[\s{_BREAK},.;:()\"°%$€£¥₹₩·]|\^\{{?\\circ\}}?|/(?=\s?{_LETTER})"
+    rf"(?:{_LETTER}|[\s{_BREAK},.;:()\"°%$€£¥₹₩·]|\^\{{?\\circ\}}?|\^?\{{?\\(?:text)?degree(?![a-zA-Z^²³])\}}?|/(?=\s?{_LETTER})"
     rf"|(?<={_LETTER})(?:[-'’](?={_LETTER})|[²³]|\^[23](?!\d)|\^\{{[23]\}}))*"
 )
 _WORDS = re.compile(rf"{_LETTER}+")
@@ -79,40 +81,38 @@ _ALTERING = frozenset(
     least most above below between inf infinity infty nan bn mn mln than except unless""".split()
 )
 
-_TAG = re.compile(r"<(/?)(think|tool)\s?>", re.IGNORECASE)
-_BRACE = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
-_JSON_KEY = re.compile(r'[{,]\s*"answer"\s*:')
-_JSON_VALUE = re.compile(r'\s*("(?:[^"\\]|\\.){1,400}"|[-+./\w]{1,400})\s*(?:\}|,\s*["}])')
+_BRACE = re.compile(r"\\boxed\s*\{|\\boxed[ \t]*(?=[-+]?\s?(?:\.?\d|\\(?!boxed)[a-zA-Z$]))|\\[{}]|[{}]")
+# What an unbraced box holds ends with the formula, line or sentence. "1. First" begins a list.
+_UNBRACED = re.compile(
+    r"(?!1\.\s+\S)(?:[^{}$\n\\.]|\.(?!\s|\Z)|\\(?!boxed)[^)\]\n]|\{[^{}]*\})*+(?=[$}\n.]|\\[)\]]|\\boxed|\Z)"
+)
+# Below a heading: a formula or code on lines of its own; an item of a list, or the first of several lines of numbers.
+_BLOCK = re.compile(r"(?:\$\$|\\\[|```\w*\n)([^$`]*?)(?:\$\$|\\\]|```)[ \t.]*(?:\Z|\n(?!\s*(?:\$\$|\\\[)))")
+_LIST = re.compile(r"[-+*•]\s|[^\n]*\n[ \t]*(?:[-+*•]\s|[-+*$]*\d|\S{1,3}\s?=)")
 _MARK = re.compile(
-    r"(?P<line>(?:\b|_)answer[*_`\"]{0,3}\s?[:=])|(?P<phrase>\banswer\sis\b\s?:?)|(?P<hash>^####)",
+    r"(?P<heading>^[ \t]*(?:#{1,6}[ \t]*(?:\*\*|__)?|\*\*|__)(?:the\s)?(?:final\s)?answer(?:\*\*|__)?[ \t]*#*[ \t\r]*$)"
+    r"|(?P<line>(?:\b|_)answer[*_`\"]{0,3}\s?[:=])|(?P<phrase>\banswer\sis\b\s?:?)|(?P<hash>^####)",
     re.IGNORECASE | re.MULTILINE,
 )
 
 
 def visible(reply: str) -> str:
     """The reply without its thinking and its tool calls (rule 1 above)."""
-    kept, start, inside = [], 0, None
-    for tag in _TAG.finditer(reply):
-        closing, name = tag[1] == "/", tag[2].lower()
-        if inside is None and not closing:
-            kept.append(reply[start : tag.start()])
-            inside = name
-        elif inside is None and name == "think":
-            kept, start = [], tag.end()
-        elif inside == name and closing:
-            inside, start = None, tag.end()
-    return "\n".join(kept if inside else [*kept, reply[start:]])
+    return "\n".join(divide(reply, tools=True)[1])
 
 
 def boxed(text: str) -> list[str | None]:
-    r"""What each `\boxed{...}` holds, in order of its start; `None` for one that is never closed.
+    r"""What each `\boxed{...}` or `\boxed 5` holds, in order of its start; `None` for one whose end can't be told.
 
     Content beyond what `parse_number` would read is cut off, so that nested boxes stay linear.
     """
     stack: list[int | None] = []
     spans: list[tuple[int, int | None]] = []
     for token in _BRACE.finditer(text):
-        if token[0].startswith("\\boxed"):
+        if token[0].startswith("\\boxed") and token[0][-1] != "{":
+            held = _UNBRACED.match(text, token.end())
+            spans.append((token.end(), held and held.end()))
+        elif token[0].startswith("\\boxed"):
             stack.append(len(spans))
             spans.append((token.end(), None))
         elif token[0] == "{":
@@ -167,7 +167,7 @@ def _leading_number(text: str) -> tuple[Fraction | None, int]:
         exponent = m["e"] or m["b"] or m["p"] or m["u"].translate(_SUPERSCRIPT)
         if len(exponent) > 5 or abs(int(exponent)) > MAX_EXPONENT:
             return None, 0
-        return _decimal(m["n"]) * Fraction(10) ** int(exponent), m.end()
+        return _decimal(m["n"] or m["f"] or "1") * Fraction(10) ** int(exponent), m.end()
     if m := _MIXED.match(text):
         if len(m["n"]) == 3 and len(m["whole"]) <= 3:  # "1 250/300": a mixed number, or 1250/300?
             return None, 0
@@ -193,7 +193,7 @@ def parse_number(text: str) -> Fraction | None:
     r"""The one number that a short text states, exactly; `None` if it states none, several, a formula.
 
     Read: 42, -3.5, +7, .5; groups of three by comma, space or thin space; 3/4, 3 1/2, `\frac{3}{4}`,
-    `2\dfrac34`; 1.5e3, 1.5 x 10^3; unicode minus; currency signs; per cent (a unit); "5 million"; units, a
+    `2\dfrac34`; 1.5e3, 1.5 x 10^3, 10^3; unicode minus; currency signs; per cent (a unit); "5 million"; units, a
     final period, emphasis, LaTeX wrappers; "x = 7", "10 - 3 = 7". Up to 400 characters and exponents up to
     +-400. Never raises on a string.
     """
@@ -219,9 +219,15 @@ def _statement(text: str, start: int) -> str | None:
     """What is said from `start` to the end of the sentence or line; `None` if it is too long to read."""
     cut = start + MAX_CHARS < len(text)
     window = text[start : start + MAX_CHARS] + ("…" if cut else "")  # a cut end must not look like an end
-    body = re.sub(r"^[*_`\"]{0,3}(?=\s|$)", "", window).lstrip()
+    window = re.sub(r"^[*_`\"]{0,3}(?=\s|$)", "", window)
+    body = window.lstrip()
     if re.match(r"1\.\s+\S", body):  # the first item of a list, not the answer 1
         return None
+    if "\n" in window[: len(window) - len(body)]:
+        if block := _BLOCK.match(body):
+            return block[1]
+        if _LIST.match(body):
+            return None
     end = re.search(r"\n|\.[*_`\")]{0,3}(?:\s|$)|;\s|,?\s(?:because|since)\b", body)
     if cut and not end:
         return None
@@ -235,18 +241,9 @@ def _last_line_mark(text: str) -> Fraction | None:
             value = parse_number(text[mark.end() : mark.end() + MAX_CHARS + 1].partition("\n")[0])
         else:
             value = parse_number(_statement(text, mark.end()) or "")
-        if value is not None or mark.lastgroup == "line":
+        if value is not None or mark.lastgroup in ("line", "heading"):
             return value
     return None
-
-
-def _json_number(text: str, start: int) -> Fraction | None:
-    """The number in the JSON value at `start`, whose object must go on or close behind it."""
-    value = _JSON_VALUE.match(text, start)
-    try:
-        return parse_number(json.loads(value[1]) if value[1][0] == '"' else value[1]) if value else None
-    except ValueError:  # a bad escape
-        return None
 
 
 def extract_answer(reply: str) -> Fraction | None:
@@ -259,8 +256,10 @@ def extract_answer(reply: str) -> Fraction | None:
     boxes = [box for box in boxed(text) if box is None or box.strip()]
     if boxes:
         return None if boxes[-1] is None else parse_number(boxes[-1])
-    keys = list(_JSON_KEY.finditer(text))
-    return _json_number(text, keys[-1].end()) if keys else _last_line_mark(text)
+    if values := json_values(text, "answer"):
+        value = values[-1] or ""
+        return parse_number((json_string(value) or "") if value.startswith('"') else value)
+    return _last_line_mark(text)
 
 
 def exact(number: object) -> Fraction | None:

@@ -87,7 +87,8 @@ def read_answer(reply: str, cut: bool) -> Fraction | None:
     """
     if ends_thinking(reply) or cut and not any(box and box.strip() for box in boxed(visible(reply))):
         return None
-    return extract_answer(reply)
+    # A cut end must not look like an end.
+    return extract_answer(reply + "…" if cut else reply)
 
 
 def printed_answer(result: ToolResult) -> Fraction | None:

@@ -37,6 +37,12 @@ READ = {
     r"1.5 \times 10^{3}": 1500,
     "2 x 10⁻³": "0.002",
     "6*10**4": 60000,
+    "10^3": 1000,
+    "10^{6}": 1000000,
+    "-10**2": -100,
+    "10⁻³ m": "0.001",
+    "x = 10^{-2}": "0.01",
+    "10^2 km": 100,
     "\u22125": -5,
     "\u20135": -5,
     "$1,234.50": "1234.5",
@@ -50,6 +56,9 @@ READ = {
     "5 cm²": 5,
     r"5\text{ cm}^2": 5,
     r"60^\circ": 60,
+    r"90\degree": 90,
+    r"90^{\degree} C": 90,
+    r"30.5 \textdegree": "30.5",
     "42 apples.": 42,
     "**42**": 42,
     "**42** apples": 42,
@@ -65,9 +74,12 @@ READ = {
 UNREADABLE = (
     r"""
 nan|inf|-inf|Infinity|1e999999|1e-999999|1/0|\frac{1}{0}|3 5/4|3/4/5|1.2.3|1,2345|3,4|3, 4|0,123|1 250/300
-5 or 6|5 and a half|5!|5²|5½|10^3|5 x 10|5k|5x|5i|5\pi|2\sqrt{3}|5-6|5 dozen|5 forty-two|5 apples a day|five
+5 or 6|5 and a half|5!|5²|5½|5 x 10|5k|5x|5i|5\pi|2\sqrt{3}|5-6|5 dozen|5 forty-two|5 apples a day|five
 --5|±5|[1,2]|(1,2)|12:30|0x10|1_000|٣|**1**2|**1**234|\(1\)2|5$6|5^2|5 + 3|7 (mod 11)|5?|5 is wrong|5 not
 x = 3, y = 4|x >= 5|5 != 7|x \ne 5|1. First|2) Then|\frac{\frac{1}{2}}{3}|\frac{1+2}{3}|5 because 2+2
+10^|10^x|10^{|10^{6|10^6.5|10^6^2|10^{1,2}|10^6/2|10^1/2|10^6!|10^6+1|2 10^6|1.10^3|210^6|10.5^2|100^2|2^10|10^999
+10^{2}3|10^6 or 7|10^(6)|10**6**2|10⁶5|5 + 10^6|10^6 x 10^2|10\circ|90\degrees|90\degreex|90\degree 30|90\degree + 5
+\degree|90\degree or 80|90\degree^2
 e|-|.|,|$|%|{}|about|\boxed{5}
 """.strip()
     .replace("\n", "|")
@@ -96,7 +108,39 @@ REPLIES = {
     r"write it in \boxed{}: \boxed{5}, in \boxed{}": 5,
     r"\boxed{\boxed{5}}": 5,
     r"\boxed{7} Answer: 8": 7,  # the stronger mark counts
+    r"So \boxed 5": 5,
+    r"So $\boxed 42$ apples": 42,
+    r"**\boxed 42**": 42,
+    r"\boxed5.": 5,
+    r"\[\boxed -3.5\]": "-3.5",
+    r"\boxed\frac{3}{4}": "3/4",
+    r"{\boxed 5}": 5,
+    r"\boxed{4}, no: \boxed 5": 5,
+    r"\boxed 4 \boxed{5}": 5,
+    r"\boxed{5}, as \boxed wants": 5,  # no number: prose
+    r"\boxed{5} in \(\boxed\)": 5,
+    r"\boxed{4} then \boxed\text{unknown}": None,
+    r"\boxed{4} then \boxed 5 + 3": None,
+    r"\boxed 5 or 6": None,
+    r"\boxed 5, 6": None,
+    r"\boxed 5{": None,
+    r"\boxed 5\sqrt{2}": None,
+    r"\boxed 5!": None,
+    r"\boxed 1. First": None,
+    r"\boxedx 5": None,
+    r"\boxed{10^6}": 10**6,
+    r"\boxed{10^{-1}}": "0.1",
+    r"\boxed{2^{10}}": None,
     '{"answer": 5}': 5,
+    '{"answer": 42,}': 42,
+    '{"Answer": "42" , }': 42,
+    '{"steps": "\\(2+3\\)\nso", "answer": 5}': 5,
+    '{"answer": 5, 6}': None,
+    '{"answer": 5,, }': None,
+    '{"answer": 5, "sure": tr': None,  # cut off
+    '{"answer": ...} means {"answer": 5}': 5,
+    '{"answer": 4} or {"answer": $5}': None,
+    "{'answer': 5}": None,
     '```json\n{"steps": "2+3", "answer": "3/4"}\n```': "3/4",
     '{"answer": "\\\\frac{1}{2}"}': "1/2",
     '{"answer": 5} {"answer": 6, "sure": true}': 6,
@@ -120,11 +164,43 @@ REPLIES = {
     "The answer is 5. The answer is obvious.": 5,
     "The answer is not 5": None,
     "The answer is simple: 5": None,
+    "### Answer\n42": 42,
+    "## Final Answer\n\n**42** apples.\n\nWe have 6 times 7.": 42,
+    "**Final Answer**\n42": 42,
+    "# __The answer__ #\r\n42": 42,
+    "#### Answer\n$$\nx = 42\n$$\nby 6 and 7": 42,
+    "### Answer\n```\n42\n```": 42,
+    "Answer:\n\\[\n42\n\\]": 42,
+    "Answer: 4\n### Answer\n5": 5,
+    "Answer: 4\n### Answer\n5 or 6": None,
+    "Answer: 4\n### Answer": None,
+    "### Answer\nfive": None,
+    "### Answer\n- 5 apples\n- 6 pears": None,  # a list; nor is its dash a minus
+    "### Answer\n* 5 apples": None,
+    "### Answer\n1. First": None,
+    "### Answer\n5 apples\n6 pears": None,
+    "### Answer\n5\n- 6": None,
+    "### Answer\n$$5$$ $$6$$": None,
+    "### Answer\n$$\n5\n$$\n\n$$6$$": None,
+    "### Answer\n**5**\n**6**": None,
+    "### Answer\nx = 5\ny = 6": None,
+    "### Answer\n(a) 5\n(b) 6": None,
+    "### Answer 2\n42": None,
+    "### Wrong answer\n42": None,
+    "### Answer to the first part\n42": None,
+    "My answer\n42": None,
     "some steps\n#### 42": 42,
     "#### 42\n#### Conclusion": 42,
     "#### 1. First": None,
     "<think>Answer: 5</think>Answer: 6": 6,
     r"<think>\boxed{5}": None,
+    r"[THINK]\boxed{5}": None,
+    r"[THINK]\boxed{4}[/THINK]\boxed{5}": 5,
+    r"<thought>\boxed{4}</thought >Answer: 5": 5,
+    "<|channel|>analysis<|message|>Answer: 4<|end|><|start|>assistant<|channel|>final<|message|>Answer: 5": 5,
+    "<tool>[THINK]</tool>Answer: 5": 5,
+    "<think><tool></think>Answer: 5": 5,
+    "</tool>Answer: 5": 5,
     r"opened in the prompt \boxed{4}</think>Answer: 6": 6,
     r"<think>a<think>b</think>\boxed{5}</think>Answer: 6": 6,
     r"\boxed{3}<think>no, \boxed{4}</think>": 3,
@@ -190,6 +266,13 @@ FLOODS = {
     "tool pairs": "<tool></tool>" * (N // 13),
     "json keys": '{"answer":' * (N // 10),
     "json blanks": '{"answer"' + " " * N + ": 5",
+    "json without end": '{"answer":1,' * (N // 12),
+    "boxes without braces": "\\boxed 5{" * (N // 9),
+    "boxed brackets": "\\boxed 5[" * (N // 9),
+    "blank heading": "### Answer\n" + " " * N,
+    "spaces of headings": "\n" + " " * N + "### Answer",
+    "formulas": "### Answer\n$$ " * (N // 14),
+    "marks": "<t[t◁t<|c" * (N // 9),
     "json escapes": '{"answer": "' + "\\" * N,
     "brackets": "[[[[" * (N // 4),
     "digits": "Answer: " + "9" * N,
@@ -220,10 +303,11 @@ integers = st.integers(-(10**12), 10**12)
 rationals = st.fractions(min_value=-(10**6), max_value=10**6, max_denominator=10**4)
 WRAPPERS = [
     "{}", " {} ", "{}.", "${}$", r"\({}\)", "**{}**", "`{}`", "{} apples", "{} km/h", "{}%", r"{}\%", "x = {}",
-    "{} €", r"{}\text{{ cm}}^2", "about {}", "({})",
+    "{} €", r"{}\text{{ cm}}^2", "about {}", "({})", r"{}\degree",
 ]  # fmt: skip
 MARKS = [
     r"so \boxed{{{}}}", '{{"answer": "{}"}}', "Answer: {}", "**Answer:** {}", "the answer is {}.", "#### {}",
+    r"$\boxed {}$", "### Answer\n{}", '{{"answer": "{}",}}', "[THINK]Answer: 0[/THINK]**Answer**\n\n{}\n",
     "<think>Answer: 0</think>Answer: {}", "<tool>x</tool>\nAnswer: {}\nDone.",
 ]  # fmt: skip
 
@@ -280,14 +364,23 @@ def test_the_last_of_two_marks_of_one_kind_counts(first, last, mark):
     assert extract_answer(f"{mark.format(first)}\n{mark.format(last)}") == last
 
 
+@steady
+@given(st.integers(-300, 300), st.sampled_from(["10^{}", "10^{{{}}}", "10**{}", r"1 \times 10^{}"]))
+def test_powers_of_ten_parse_back(power, form):
+    assert (
+        parse_number(form.format(power)) == extract_answer(rf"\boxed{{{form.format(power)}}}") == Fraction(10) ** power
+    )
+
+
 PIECES = st.sampled_from([
-    "\\boxed{", "}", "{", '{"answer":', '"', "Answer:", "answer is", "####", "<think>", "</think>", "<tool>",
+    "\\boxed{", "\\boxed", "10^", "\\degree", "### Answer\n", "[THINK]", "<|channel|>", "\ud83d", "$",
+    "}", "{", '{"answer":', '"', "Answer:", "answer is", "####", "<think>", "</think>", "<tool>",
     "</tool>", "\\frac{", "1", "23", ",", ".", "/", "-", "e9", "^", "%", "$", "*", " ", "\n", "\\", "=", "nan", "½",
 ])  # fmt: skip
 
 
 @steady
-@given(st.lists(PIECES | st.text(max_size=5), max_size=40).map("".join))
+@given(st.lists(PIECES | st.text(st.characters(exclude_categories=()), max_size=5), max_size=40).map("".join))
 def test_no_text_crashes(text):
     for found in (extract_answer(text), parse_number(text)):
         assert found is None or isinstance(found, Fraction)
