@@ -36,9 +36,9 @@ def open_engine(model: str, scenario: str, arm: str, adapter: str, servers: Serv
     """The engine for one arm of ``model``, whose replies are journalled in the folder ``out``.
 
     Servers are asked what they serve before anything runs, unless ``out`` holds replies of the same served name and
-    tokenizer: then only once a reply is missing there, so that a finished run is replayed without them. Weights
-    are loaded as late. Raises ValueError where arm, adapter and servers don't fit together, and what `OpenAIEngine`
-    or `TransformersEngine` raises.
+    tokenizer to requests of the same form: then only once a reply is missing there, so that a finished run is replayed
+    without them. Weights are loaded as late. Raises ValueError where arm, adapter and servers don't fit together, and
+    what `OpenAIEngine` or `TransformersEngine` raises.
     """
     _check(scenario, arm, adapter, servers)
     # Either engine's libraries take seconds to import, and a run needs one of them.
@@ -90,4 +90,9 @@ def _known_identity(folder: Path, asked: dict[str, str]) -> str | None:
         return None
     # JSON is YAML, and damage gets an error that names the file.
     known = files.read_yaml(folder / SERVED, dict[str, str])
-    return known.get("identity") if asked.items() <= known.items() else None
+    if not asked.items() <= known.items():
+        return None
+    from atp_utils.openai_engine import sent
+
+    identity = known.get("identity", "")
+    return identity if f"sent={sent(asked['tokenizer'])}" in identity.split("|") else None

@@ -10,13 +10,14 @@ A forced choice is answered in the best of three ways that the servers offer; ``
 - ``scored``: ``/completions`` echoes log P of every option's tokens (vLLM, SGLang), as `TransformersEngine` has it.
   The chat is rendered and tokenised here, so the engine needs to be told the ``tokenizer``.
 - ``first_token``: the chat is answered under a JSON schema; log P of the first token that tells the options apart.
+  ``first_token:bound`` where an option is so unlikely that the server doesn't list it: at most what is left is its.
 - ``sampled:<reason>``: the text of that chat. There are no probabilities, and text that is no option is invalid.
+
+A chat that is too long for the model is answered with no text and the finish reason ``context``.
 """
 
-import os
-import re
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -28,21 +29,19 @@ import tenacity
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from atp_utils import openai_wire as wire
-from atp_utils.engine import Reply, Request, collapse, drawn, render
+from atp_utils.engine import Reply, Request, collapse, drawn
+from atp_utils.openai_servers import Connection, Unusable
 
 WAIT = tenacity.wait_random_exponential(multiplier=0.5, max=30)
 NO_SCORING = {400, 404, 405, 415, 422, 501}
-PROBE = Request("probe", ({"role": "user", "content": "Yes or no?"},), 0, ("Yes", "No"))
-
-
-class Unusable(ConnectionError):
-    """What a server sent is no reply."""
+TOO_LONG = Reply("", 0, 0, "context")
 
 
 @dataclass
 class _Server:
     url: str
     client: openai.AsyncOpenAI
+    known: wire.Listing
     failures: int = 0
     in_flight: int = 0
 
@@ -72,13 +71,14 @@ class OpenAIEngine:
     ):
         if concurrency < 1 or retries < 0 or not timeout > 0:
             raise ValueError(f"concurrency {concurrency}, retries {retries} or timeout {timeout} is out of range")
-        self.model, self.tokenizer, self.key_variable = model, tokenizer, key_variable
-        self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
+        self.model, self.tokenizer, self.concurrency, self.retries = model, tokenizer, concurrency, retries
+        self._connection = Connection(key_variable, timeout, retries)
         self.urls = [wire.checked_url(url) for url in ([urls] if isinstance(urls, str) else urls)]
         if not self.urls:
             raise ValueError("urls is empty: name at least one server, such as http://127.0.0.1:8000/v1")
         self.answered = self.retried = 0
         self._refused: set[str] = set()
+        self._known: dict[str, wire.Listing] = {}
         self._scores = None if tokenizer else False
         self._asked = identity is None
         self.identity = self._described() if identity is None else identity
@@ -91,7 +91,7 @@ class OpenAIEngine:
         """
         if not self._asked and (found := self._described()) != self.identity:
             before = f"the replies before came from {self.identity!r}: serve that again, or use another folder (out)"
-            raise ValueError(f"the servers have {found!r}, {before}")
+            raise ValueError(f"the servers have {found!r} (sent= is how they are asked), {before}")
         self._asked = True
         # A loop in a thread of its own, because Jupyter's is already running.
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(self._connected()) as servers:
@@ -118,7 +118,7 @@ class OpenAIEngine:
                     continue
                 outcome = future.result()
                 self.answered += 1
-                if requests[group[0]].options and outcome.logprobs is None:
+                if requests[group[0]].options and outcome.logprobs is None and outcome is not TOO_LONG:
                     # Sampled text answers one request, by its seed; the others need their own.
                     groups.extendleft([index] for index in reversed(group[1:]))
                     group = group[:1]
@@ -131,15 +131,22 @@ class OpenAIEngine:
             raise failure
 
     async def _ask(self, servers: list[_Server], request: Request) -> Reply:
-        async for attempt in tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(Unusable if len(servers) == 1 else ConnectionError),
-            stop=tenacity.stop_after_attempt(max(self.retries + 1, len(servers))),
+        async def attempt() -> Reply:
+            return await self._attempt(min(servers, key=lambda s: (s.failures, s.in_flight)), request)
+
+        return await self._retrying(Unusable if len(servers) == 1 else ConnectionError, len(servers))(attempt)
+
+    def _retrying(self, kind: type[Exception], least: int = 1) -> tenacity.AsyncRetrying:
+        def count(_: tenacity.RetryCallState) -> None:
+            self.retried += 1
+
+        return tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(kind),
+            stop=tenacity.stop_after_attempt(max(self.retries + 1, least)),
             wait=WAIT,
+            before_sleep=count,
             reraise=True,
-        ):
-            with attempt:
-                self.retried += attempt.retry_state.attempt_number > 1
-                return await self._attempt(min(servers, key=lambda s: (s.failures, s.in_flight)), request)
+        )
 
     async def _attempt(self, server: _Server, request: Request) -> Reply:
         server.in_flight += 1
@@ -147,9 +154,9 @@ class OpenAIEngine:
             reply = await (self._score if request.options and self._scores else self._chat)(server, request)
             server.failures = 0
             return reply
-        except (openai.APIError, Unusable) as error:
+        except (openai.APIError, Unusable, wire.NotEchoed) as error:
             server.failures += 1
-            raise self._explained(server.url, error, request.key) from None
+            raise self._connection.explained(server.url, error, request.key) from None
         finally:
             server.in_flight -= 1
 
@@ -157,37 +164,36 @@ class OpenAIEngine:
         """Whether every server scores options: what a reply means must not depend on which one gave it."""
         for server in servers:
             try:
-                await self._score(server, PROBE)
-            except Unusable:
+                await self._retrying(Unusable)(self._score, server, wire.PROBE)
+            except (Unusable, wire.NotEchoed):
                 return False
             except openai.APIError as error:
                 if getattr(error, "status_code", None) in NO_SCORING:
                     return False
-                raise self._explained(server.url, error, PROBE.key) from None
+                raise self._connection.explained(server.url, error, wire.PROBE.key) from None
         return True
 
     async def _score(self, server: _Server, request: Request) -> Reply:
         """log P of every option's complete answer; all options in one request, as token ids."""
         prompt, options = self._tokenised(request)
-        sent = [prompt + option for option in options]
-        raw = await server.client.completions.with_raw_response.create(
-            model=self.model, prompt=sent, echo=True, logprobs=1, max_tokens=1, temperature=0
-        )
-        self.retried += raw.retries_taken
+        texts = [prompt + option for option in options]
         try:
-            scores = wire.echoed_scores(raw.parse(), len(prompt), sent)
-        except wire.MALFORMED:
-            raise Unusable(f"the options' tokens are not all scored: {self._redacted(raw.text, 80)!r}") from None
+            raw = await server.client.completions.with_raw_response.create(
+                model=self.model, prompt=texts, echo=True, logprobs=1, max_tokens=1, temperature=0
+            )
+        except openai.APIStatusError as error:
+            if wire.is_too_long(error.status_code, error.response.text, 1):
+                return TOO_LONG
+            raise
+        scores = self._read(server, raw, lambda completion: wire.echoed_scores(completion, len(prompt), texts))
         return Reply("", len(prompt), max(map(len, options)), "scored", scores)
 
     def _tokenised(self, request: Request) -> tuple[list[int], list[list[int]]]:
         # Imported here, because it takes seconds and only scoring needs it.
+        from atp_utils.chat_template import tokenised
         from atp_utils.models import load_tokenizer
 
-        tokenizer = load_tokenizer(self.tokenizer)
-        prompt = render(tokenizer, wire.sendable(request.messages))
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, *request.options)]
-        return ids[0], ids[1:]
+        return tokenised(load_tokenizer(self.tokenizer), wire.sendable(request.messages), request.options)
 
     async def _chat(self, server: _Server, request: Request) -> Reply:
         while True:
@@ -196,99 +202,58 @@ class OpenAIEngine:
                 raw = await server.client.chat.completions.with_raw_response.create(
                     model=self.model, messages=wire.sendable(request.messages), extra_body=body
                 )
-                break
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                named = {name for name in wire.OPTIONAL & body.keys() if re.search(rf"\b{name}\b", error.response.text)}
+            except openai.APIStatusError as error:
+                if wire.is_too_long(error.status_code, error.response.text, request.sampling.max_new_tokens):
+                    return TOO_LONG
+                named = wire.refused_fields(error.response.text, body) if error.status_code in (400, 422) else set()
                 if not named:
                     raise
                 self._refused |= named
+            else:
+                return self._read(server, raw, lambda chat: wire.chat_reply(chat, request))
+
+    def _read(self, server: _Server, raw: openai.APIResponse, reader: Callable[[Any], Any]) -> Any:
+        """What ``reader`` makes of a response; raises Unusable for none, ValueError for one of another model."""
         self.retried += raw.retries_taken
         try:
-            return wire.chat_reply(raw.parse(), request)
-        except wire.MALFORMED:
-            raise Unusable(f"no chat completion: {self._redacted(raw.text, 80)!r}") from None
+            response = raw.parse()
+            read, told = reader(response), response.model
+        except wire.MALFORMED as error:
+            what = error if isinstance(error, wire.Fault) else "no completion"
+            raise Unusable(f"{what}: {self._connection.redacted(raw.text, 80)!r}") from None
+        if wire.is_another(told, self.model, server.known):
+            raise ValueError(
+                f"{server.url} answers as {told!r}, asked for {self.model!r}: serve the model by that name, or ask for "
+                "the one that answers (in a notebook: served_name); the replies before are kept, run again to go on"
+            )
+        return read
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[list[_Server]]:
         async with AsyncExitStack() as stack:
-            clients = [openai.AsyncOpenAI(base_url=url, **self._settings()) for url in self.urls]
+            clients = [self._connection.open(openai.AsyncOpenAI, url) for url in self.urls]
             entered = [await stack.enter_async_context(client) for client in clients]
-            yield [_Server(url, client) for url, client in zip(self.urls, entered, strict=True)]
-
-    def _settings(self) -> dict[str, Any]:
-        key = self._key()
-        if self.key_variable and not key:
-            raise PermissionError(f"the variable {self.key_variable} is not set: put the servers' key into it")
-        if not (key.isascii() and key.isprintable()):
-            raise ValueError(f"the environment variable {self.key_variable} holds characters that no key has")
-        # A server without keys is sent a header that means nothing.
-        timeout = openai.Timeout(self.timeout, connect=min(10, self.timeout))
-        return {"api_key": key or "none", "timeout": timeout, "max_retries": self.retries}
-
-    def _key(self) -> str:
-        return os.environ.get(self.key_variable, "").strip()
+            servers = zip(self.urls, entered, strict=True)
+            yield [_Server(url, client, self._known[url]) for url, client in servers]
 
     def _described(self) -> str:
-        """The model and what all servers say of it; raises ValueError if they don't say the same."""
-        told = {url: self._listed(url) for url in self.urls}
+        """The model, what all servers say of it and how they are asked; raises ValueError if they differ."""
+        self._known = {url: self._connection.listed(self.model, url) for url in self.urls}
+        told = {url: known.facts for url, known in self._known.items()}
         if len(set(told.values())) > 1:
             raise ValueError(f"the servers have different models by the name {self.model!r}: {told}")
-        rendered = f"tokenizer={wire.short_name(self.tokenizer)}" if self.tokenizer else ""
-        return "|".join(filter(None, [wire.short_name(self.model), told[self.urls[0]], rendered]))
-
-    def _listed(self, url: str) -> str:
-        with openai.OpenAI(base_url=url, **self._settings()) as client:
-            asking = client.with_options(timeout=min(30, self.timeout), max_retries=min(2, self.retries))
-            try:
-                found = {entry.id: entry for entry in asking.models.list().data}
-            except openai.APIError as error:
-                if not isinstance(error, openai.InternalServerError) or not _lists_its_cache(asking, url):
-                    raise self._explained(url, error) from None
-                found = {}
-            except wire.MALFORMED:
-                raise ValueError(f"{url} is no OpenAI-compatible server; an address ends in /v1 as a rule") from None
-            if self.model not in found and found and not _lists_its_cache(asking, url):
-                raise ValueError(
-                    f"{url} serves {', '.join(map(repr, found))}, not {self.model!r}: ask for one of these "
-                    "(in a notebook: served_name), or start the server with the model that you want"
-                )
-        return wire.facts(found[self.model]) if self.model in found else ""
-
-    def _redacted(self, text: str, length: int) -> str:
-        """The beginning of what a server said; it may have quoted the key."""
-        secret = self._key()
-        return (text.replace(secret, "***") if secret else text)[:length]
-
-    def _explained(self, url: str, error: Exception, key: str = "") -> Exception:
-        """An error that says what to do; ``key`` is the request's, empty while none was sent."""
-        status, words = getattr(error, "status_code", 0), self._redacted(str(error), 300)
-        if isinstance(error, openai.APIStatusError):
-            # The client's own message leaves out what a server says outside of the protocol.
-            words = f"status {status}, {self._redacted(error.response.text, 300)}"
-        kept = "; the replies before are kept, run again to go on" if key else ""
-        if isinstance(error, Unusable):
-            return Unusable(f"{url} sends what is no reply: {words}{kept}")
-        if status in (401, 403):
-            if self.key_variable:
-                return PermissionError(f"{url} refuses the key that the variable {self.key_variable} holds{kept}")
-            return PermissionError(f"{url} wants a key: name its environment variable by key_variable{kept}")
-        if status == 404 and not key:
-            return ValueError(f"{url} lists no models (404): is the address right? It ends in /v1 as a rule")
-        if status in (408, 409, 429) or status >= 500:
-            return ConnectionError(f"{url} still fails after {self.retries} retries: {words}{kept}")
-        if status:
-            return ValueError(f"{url} refuses {key or 'to list its models'}: {words}{kept}")
-        if isinstance(error, openai.APITimeoutError):
-            advice = f"did not answer within {self.timeout:g} s: raise timeout, or lower concurrency"
-        else:
-            advice = "can't be reached: is the server running, and the address right?"
-        return ConnectionError(f"{url} {advice}{kept}")
+        parts = [wire.short_name(self.model), told[self.urls[0]], f"sent={sent(self.tokenizer)}"]
+        if self.tokenizer:
+            parts.append(f"tokenizer={wire.short_name(self.tokenizer)}")
+        return "|".join(filter(None, parts))
 
 
-def _lists_its_cache(client: openai.OpenAI, url: str) -> bool:
-    """Whether this is `transformers serve`: it lists the hub's cache, not what it serves, or fails without one."""
-    try:
-        described = client.with_options(base_url=url.removesuffix("/v1")).get("/openapi.json", cast_to=object)
-        return "/load_model" in described["paths"]
-    except (openai.APIError, *wire.MALFORMED):
-        return False
+def sent(tokenizer: str | None) -> str:
+    """Digest of how chats are asked: the wire's form, and what the tokenizer's folder says besides its name."""
+    if not tokenizer:
+        return wire.form()
+    from atp_utils.chat_template import fingerprint, tokenised
+    from atp_utils.models import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    return wire.form([fingerprint(loaded), tokenised(loaded, wire.PROBE.messages, wire.PROBE.options)])

@@ -1,12 +1,21 @@
 """A server of OpenAI's protocol on loopback that fails in every way that servers do."""
 
 import json
+import math
 import threading
 import time
 from collections import deque
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import openai._base_client
+import tenacity
+
+from atp_utils import openai_engine
+from atp_utils.engine import Request, Sampling
+
 KEY = "sk-very-secret-0123456789"
+YES, NO = '{"choice": "Yes"}', '{"choice": "No"}'
 
 
 class Server(ThreadingHTTPServer):
@@ -115,3 +124,85 @@ def choice(messages, seed):
     prompt = next(message["content"] for message in messages if '"choice": ' in message["content"])
     option = prompt.split('"choice": ')[1:][(seed + len(messages)) % 2].split("}")[0]
     return f'Well, {{"choice": {option}}}'
+
+
+@contextmanager
+def running(monkeypatch):
+    """``make(rule)`` starts a server, which ends with the context; nobody waits before asking again."""
+    monkeypatch.setenv("TEST_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
+    monkeypatch.setattr(openai_engine, "WAIT", tenacity.wait_none())
+    servers = []
+
+    def make(rule=lambda body: chat(said(body))):
+        servers.append(Server(rule))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+
+
+def free(number, **sampling):
+    return Request(f"test/{number}", [{"role": "user", "content": f"Say {number}."}], number, (), Sampling(**sampling))
+
+
+def forced(seed=0, options=(YES, NO)):
+    return Request(f"test/{seed}", [{"role": "user", "content": "Do you like rain?"}], seed, options)
+
+
+def answers(engine, requests):
+    replies = list(engine.answer(requests))
+    assert sorted(index for index, _ in replies) == list(range(len(requests)))
+    return [reply for _, reply in sorted(replies)]
+
+
+class Letters:
+    """A tokenizer with a token a character."""
+
+    name_or_path, added_tokens_decoder, all_special_tokens = "letters", {}, ()
+
+    def __init__(self, template="letters"):
+        self.template = template
+
+    def get_chat_template(self):
+        return self.template
+
+    def apply_chat_template(self, messages, *, add_generation_prompt, tokenize, date_string, **settings):
+        assert not tokenize and date_string and settings["chat_template"] == self.template
+        said = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        return said + "assistant: " * add_generation_prompt
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": list(map(ord, text))}
+
+
+def echo(body):
+    """log P = -1 a token of the prompt, -0.1 a token of the option; none of the first."""
+    choices = []
+    for index, ids in enumerate(body["prompt"]):
+        assert "".join(map(chr, ids)).startswith("user: ") and body["echo"] and body["max_tokens"] == 1
+        prompt = "".join(map(chr, ids)).index("assistant: ") + len("assistant: ")
+        row = [None] + [-1.0] * (prompt - 1) + [-0.1] * (len(ids) - prompt) + [-5.0]
+        choices.insert(0, {"index": index, "text": "", "finish_reason": "length", "logprobs": {"token_logprobs": row}})
+    return {"object": "text_completion", "choices": choices}
+
+
+def tops(*positions):
+    """``logprobs`` of a chat: at each position the token, then the probabilities of all candidates."""
+
+    def log(probability):
+        return math.log(probability) if probability else -9999.0
+
+    entries = [
+        {"token": token, "logprob": log(table[token]),
+         "top_logprobs": [{"token": other, "logprob": log(p)} for other, p in table.items()]}
+        for token, table in positions
+    ]  # fmt: skip
+    return {"content": entries}
+
+
+PREFIX = (('{"', {'{"': 0.9, "{": 0.1}), ('choice": "', {'choice": "': 1.0}))

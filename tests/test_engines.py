@@ -5,9 +5,9 @@ from collections import Counter
 
 import pandas as pd
 import pytest
-from fault_server import KEY, Server, chat, choice
+from fault_server import KEY, chat, choice, running
 
-from atp_utils import engines, journal, run
+from atp_utils import engines, journal, openai_wire, run
 from atp_utils.engine import Reply, Request
 from atp_utils.engines import Servers, open_engine
 
@@ -17,19 +17,14 @@ NOBODY = "http://127.0.0.1:9/v1"
 
 @pytest.fixture
 def start(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    servers = []
+    with running(monkeypatch) as serve:
 
-    def make(rule=lambda body: chat(choice(body["messages"], body["seed"])), names=("toy",)):
-        servers.append(Server(rule))
-        servers[-1].models = {"data": [{"id": name, "root": f"/weights/{name}"} for name in names]}
-        return servers[-1]
+        def make(rule=lambda body: chat(choice(body["messages"], body["seed"])), names=("toy",)):
+            server = serve(rule)
+            server.models = {"data": [{"id": name, "root": f"/weights/{name}"} for name in names]}
+            return server
 
-    yield make
-    for server in servers:
-        server.closing.set()
-        server.shutdown()
-        server.server_close()
+        yield make
 
 
 @pytest.mark.parametrize(
@@ -60,13 +55,13 @@ def test_arm_adapter_and_servers_must_fit(tmp_path, arm, adapter, servers, messa
 def test_an_arm_is_asked_for_by_name(start, tmp_path, arm, served_name, asked):
     server = start(names=[asked, "other"])
     engine = open_engine("toy", "role_play", arm, "", Servers([server.url], served_name), tmp_path)
-    assert (engine.model, engine.identity) == (asked, f"{asked}|root=weights/{asked}")
+    assert (engine.model, engine.identity) == (asked, f"{asked}|root=weights/{asked}|sent={openai_wire.form()}")
     server.models["data"].pop(0)
     with pytest.raises(ValueError, match=f"serves 'other', not '{asked}'"):
         open_engine("toy", "role_play", arm, "", Servers([server.url], served_name), tmp_path / "new")
 
 
-def test_a_record_of_the_same_model_is_opened_without_its_servers(start, tmp_path):
+def test_a_record_of_the_same_model_is_opened_without_its_servers(start, tmp_path, monkeypatch):
     servers = Servers([start(names=["toy", "other"]).url])
     engine = open_engine("toy", "role_play", "base", "", servers, tmp_path)
     with pytest.raises(ConnectionError):  # no reply came of it yet
@@ -78,6 +73,9 @@ def test_a_record_of_the_same_model_is_opened_without_its_servers(start, tmp_pat
     for other in (Servers([NOBODY], "other"), Servers([NOBODY], tokenizer="toy")):
         with pytest.raises(ConnectionError):
             open_engine("toy", "role_play", "base", "", other, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):  # the replies were to other prompts
+        patch.setattr(openai_wire, "DATE", "1 Jan 2030")
+        open_engine("toy", "role_play", "base", "", Servers([NOBODY]), tmp_path)
     (tmp_path / engines.SERVED).write_text("{")
     with pytest.raises(ValueError, match=r"served\.json: not valid"):
         open_engine("toy", "role_play", "base", "", servers, tmp_path)
@@ -148,7 +146,7 @@ def test_a_served_notebook_goes_on_where_its_server_died(
     assert play(tmp_path, capfd, NOBODY, **ways)[0] == 0
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "run" / journal.DECISIONS), table)
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(files) == 5 and not any(KEY.encode() in file.read_bytes() for file in files)
+    assert len(files) == 6 and not any(KEY.encode() in file.read_bytes() for file in files)
 
 
 def test_a_served_notebook_is_refused_before_a_token_is_paid_for(start, tmp_path, monkeypatch, capfd):

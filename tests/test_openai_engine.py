@@ -3,59 +3,28 @@
 import asyncio
 import json
 import logging
-import math
 import random
 import threading
 import time
 from collections import Counter
 from dataclasses import replace
 
-import openai._base_client
 import pytest
-import tenacity
-from fault_server import KEY, Handler, Server, chat, choice, said
+from fault_server import KEY, Handler, answers, chat, choice, free, running, said
 
-from atp_utils import decisions, evolve, journal, models, openai_engine, role_play
-from atp_utils.engine import Request, Sampling, ScriptedEngine, normalise
+from atp_utils import decisions, evolve, journal, openai_wire, role_play
+from atp_utils.engine import Sampling, ScriptedEngine
 from atp_utils.openai_engine import OpenAIEngine
-from atp_utils.parsing import answer_json, split_thinking
 from atp_utils.protocol import Protocol
 
-YES, NO = '{"choice": "Yes"}', '{"choice": "No"}'
+SENT = f"sent={openai_wire.form()}"
 PASSING = ("429", "500", "503", "half", "cut", "garbage", "wrong", "abort", "nothing", "silence")
 
 
 @pytest.fixture
 def start(monkeypatch):
-    monkeypatch.setenv("TEST_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
-    monkeypatch.setattr(openai_engine, "WAIT", tenacity.wait_none())
-    servers = []
-
-    def make(rule=lambda body: chat(said(body))):
-        servers.append(Server(rule))
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.closing.set()
-        server.shutdown()
-        server.server_close()
-
-
-def free(number, **sampling):
-    return Request(f"test/{number}", [{"role": "user", "content": f"Say {number}."}], number, (), Sampling(**sampling))
-
-
-def forced(seed=0, options=(YES, NO)):
-    return Request(f"test/{seed}", [{"role": "user", "content": "Do you like rain?"}], seed, options)
-
-
-def answers(engine, requests):
-    replies = list(engine.answer(requests))
-    assert sorted(index for index, _ in replies) == list(range(len(requests)))
-    return [reply for _, reply in sorted(replies)]
+    with running(monkeypatch) as make:
+        yield make
 
 
 @pytest.mark.parametrize("fault", PASSING)
@@ -76,7 +45,7 @@ def play(folder, items, engine):
     episodes = [role_play.episode(item, rounds=3, seed=0, protocol=how) for item in items]
     with journal.Journal(folder) as record:
         rows = evolve.run(episodes, engine, record)
-        record.finish(decisions.to_frame(rows, model="toy", arm="base"), identity=engine.identity)
+        record.finish(decisions.to_frame(rows, model="toy", arm="base"), {}, engine.identity)
     return rows
 
 
@@ -107,7 +76,7 @@ def test_a_run_goes_on_where_its_server_broke_down(start, tmp_path, splits):
     play(tmp_path, splits[1][:16], OpenAIEngine("toy", server.url, concurrency=1))
     assert set(Counter(json.dumps(body) for body in server.served).values()) == {1} and len(server.served) == 48
     server.broken = "500"
-    play(tmp_path, splits[1][:16], OpenAIEngine("toy", "http://127.0.0.1:9/v1", identity="toy|root=a/toy"))
+    play(tmp_path, splits[1][:16], OpenAIEngine("toy", "http://127.0.0.1:9/v1", identity=f"toy|root=a/toy|{SENT}"))
 
 
 def test_replies_under_way_are_kept_when_another_request_fails(start):
@@ -181,7 +150,7 @@ def test_bad_servers_are_refused_before_a_token_is_paid_for(start):
     with pytest.raises(ValueError, match="SGLang lists the adapter 'toy', but .* answers with the base model"):
         OpenAIEngine("toy", other.url)
     other.models["data"][0]["owned_by"] = "vllm"
-    assert OpenAIEngine("toy", other.url).identity == "toy|root=adapters/toy,parent=base"
+    assert OpenAIEngine("toy", other.url).identity == f"toy|root=adapters/toy,parent=base|{SENT}"
     server.models = b"<html>"
     with pytest.raises(ValueError, match="no OpenAI-compatible server"):
         OpenAIEngine("toy", server.url)
@@ -238,144 +207,6 @@ def test_a_lone_surrogate_in_the_history_can_be_sent_and_journalled(start, tmp_p
         record.put(request.digest(engine.identity), request, first)
     assert list(journal.read_replies(tmp_path / journal.REPLIES).values()) == [first]
     assert server.served[1]["messages"][1]["content"] == "broken ? half"
-
-
-def test_a_request_says_all_that_its_reply_depends_on(start):
-    server = start()
-    engine = OpenAIEngine("toy", server.url)
-    sampling = {"max_new_tokens": 9, "temperature": 0.6, "top_p": 0.9}
-    answers(engine, [free(2**62 + 5, **sampling, top_k=20), free(3, **sampling, thinking=False)])
-    first, second = sorted(server.served, key=said, reverse=True)
-    assert first["seed"] == 5 and second["seed"] == 3
-    assert (first["model"], first["max_tokens"], first["temperature"], first["top_p"]) == ("toy", 9, 0.6, 0.9)
-    assert (first["top_k"], second["top_k"]) == (20, -1)
-    assert [body["chat_template_kwargs"]["enable_thinking"] for body in (first, second)] == [True, False]
-    assert engine.identity == "toy|root=a/toy"
-
-
-def test_fields_that_a_server_refuses_are_left_out_where_the_request_can_do_without(start):
-    def rule(body):
-        extra = sorted(set(body) & {"top_k", "generation_config", "chat_template_kwargs"})
-        return {"status": 422, "detail": f"Unexpected fields: {extra}"} if extra else chat(said(body))
-
-    server = start(rule)
-    engine = OpenAIEngine("toy", server.url)
-    assert [reply.text for reply in answers(engine, [free(1), free(2)])] == ["Say 1. 1", "Say 2. 2"]
-    for sampling, advice in (({"top_k": 5}, "set top_k to 0"), ({"thinking": False}, "set thinking to true")):
-        with pytest.raises(ValueError, match=advice):
-            answers(engine, [free(1, **sampling)])
-    assert len(server.served) == 2
-
-
-@pytest.mark.parametrize(
-    ("message", "thinking", "answer"),
-    [
-        ({"content": "Yes.", "reasoning_content": "Hm."}, "Hm.", "Yes."),
-        ({"content": "Yes.", "reasoning": "<think>Hm.</think>"}, "Hm.", "Yes."),
-        ({"content": "<think>Hm.</think>Yes."}, "Hm.", "Yes."),
-        ({"content": None, "reasoning": "Hm.", "finish_reason": "length"}, "Hm.", ""),
-        ({"content": "Yes.", "reasoning": None}, "", "Yes."),
-    ],
-)
-def test_thinking_is_kept_apart_from_the_answer(start, message, thinking, answer):
-    [reply] = answers(OpenAIEngine("toy", start(lambda body: chat(**message)).url), [free(1)])
-    assert split_thinking(reply.text) == (thinking, answer)
-    assert reply.finish_reason == message.get("finish_reason", "stop")
-
-
-class Letters:
-    """A tokenizer with a token a character."""
-
-    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt, enable_thinking, date_string):
-        assert add_generation_prompt and not tokenize and not enable_thinking and date_string
-        return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant: "
-
-    def __call__(self, text, add_special_tokens):
-        return {"input_ids": list(map(ord, text))}
-
-
-def echo(body):
-    """log P = -1 a token of the prompt, -0.1 a token of the option; none of the first."""
-    choices = []
-    for index, ids in enumerate(body["prompt"]):
-        assert "".join(map(chr, ids)).startswith("user: ") and body["echo"] and body["max_tokens"] == 1
-        prompt = "".join(map(chr, ids)).index("assistant: ") + len("assistant: ")
-        row = [None] + [-1.0] * (prompt - 1) + [-0.1] * (len(ids) - prompt) + [-5.0]
-        choices.insert(0, {"index": index, "text": "", "finish_reason": "length", "logprobs": {"token_logprobs": row}})
-    return {"object": "text_completion", "choices": choices}
-
-
-def tops(*positions):
-    """``logprobs`` of a chat: at each position the token, then the probabilities of all candidates."""
-    entries = [
-        {"token": token, "logprob": math.log(table[token]),
-         "top_logprobs": [{"token": other, "logprob": math.log(p)} for other, p in table.items()]}
-        for token, table in positions
-    ]  # fmt: skip
-    return {"content": entries}
-
-
-PREFIX = (('{"', {'{"': 0.9, "{": 0.1}), ('choice": "', {'choice": "': 1.0}))
-
-
-def test_options_are_scored_whole_where_the_server_echoes(start, monkeypatch):
-    monkeypatch.setattr(models, "load_tokenizer", lambda name: Letters())
-    server = start(echo)
-    engine = OpenAIEngine("toy", server.url, tokenizer="letters")
-    replies = answers(engine, [forced(seed) for seed in range(30)])
-    assert len({reply.logprobs for reply in replies}) == 1
-    assert replies[0].logprobs == pytest.approx((-0.1 * len(YES), -0.1 * len(NO)))
-    assert {reply.text for reply in replies} == {YES, NO} and {reply.finish_reason for reply in replies} == {"scored"}
-    assert replies[0].prompt_tokens == len("user: Do you like rain?\nassistant: ")
-    assert len(server.served) == 2 and engine.answered == 1  # the probe and one request
-    assert engine.identity.endswith("|tokenizer=letters")
-
-
-@pytest.mark.parametrize("kind", ["new token only", "refused", "none"])
-def test_the_first_differing_token_stands_in_where_nothing_is_echoed(start, monkeypatch, kind):
-    monkeypatch.setattr(models, "load_tokenizer", lambda name: Letters())
-
-    def rule(body):
-        if "prompt" not in body:
-            return chat(NO, logprobs=tops(*PREFIX, ("No", {"No": 0.3, "Yes": 0.5, "Y": 0.1, "Maybe": 0.1})))
-        short = {"index": 0, "logprobs": {"token_logprobs": [-0.5]} if kind == "new token only" else None}
-        return {"status": 400, "error": "no"} if kind == "refused" else {"choices": [short, short | {"index": 1}]}
-
-    server = start(rule)
-    replies = answers(OpenAIEngine("toy", server.url, tokenizer="letters"), [forced(seed) for seed in range(20)])
-    assert normalise(replies[0].logprobs) == pytest.approx([2 / 3, 1 / 3])
-    assert {reply.finish_reason for reply in replies} == {"first_token"}
-    assert {reply.text for reply in replies} == {YES, NO} and server.posts.count("/v1/chat/completions") == 1
-    schema = server.served[-1]["response_format"]["json_schema"]["schema"]
-    assert schema["properties"] == {"choice": {"enum": ["Yes", "No"]}} and server.served[-1]["temperature"] == 1
-
-
-@pytest.mark.parametrize(
-    "logprobs",
-    [
-        None,
-        {"content": [{"token": "{"}]},
-        tops(*PREFIX, ("No", {"No": 0.6, "Maybe": 0.4})),  # "Yes" is not among them
-        tops(),
-        tops(("Sure", {"Sure": 0.8, "{": 0.2})),  # the text is another
-        tops(('{"', {'{"': 0.9, '{"choice": "N': 0.1}), *PREFIX[1:], ("No", {"No": 0.5, "Yes": 0.5})),  # two ways to No
-    ],
-)
-def test_without_clear_log_probabilities_every_request_gets_its_own_text(start, logprobs):
-    server = start(lambda body: chat((YES, NO, "Rain is wet.")[body["seed"] % 3], logprobs=logprobs))
-    replies = answers(OpenAIEngine("toy", server.url), [forced(seed) for seed in range(9)])
-    assert [reply.text for reply in replies] == [YES, NO, "Rain is wet."] * 3
-    assert {(reply.logprobs, reply.finish_reason) for reply in replies} == {(None, "sampled:stop")}
-    assert sorted(body["seed"] for body in server.served) == list(range(9))
-
-
-def test_a_token_that_begins_several_options_is_ambiguous(start):
-    options = tuple(answer_json(name) for name in ("Green Gate", "Green Door", "Red Gate"))
-    clear = {"Green G": 0.3, "Green D": 0.3, "Red": 0.4}
-    for table, reason in ((clear, "first_token"), (clear | {"Green": 0.2}, "sampled:stop")):
-        server = start(lambda body, table=table: chat(options[2], logprobs=tops(*PREFIX, ("Red", table))))
-        [reply] = answers(OpenAIEngine("toy", server.url), [forced(options=options)])
-        assert reply.finish_reason == reason
 
 
 def test_it_runs_inside_a_running_loop_and_can_be_left_early(start):

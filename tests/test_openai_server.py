@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers.utils.import_utils import is_serve_available
 
-from atp_utils import evolve, journal, models, role_play
+from atp_utils import evolve, journal, models, openai_wire, role_play
 from atp_utils.engine import Request, Sampling
 from atp_utils.openai_engine import OpenAIEngine
 from atp_utils.protocol import Protocol
@@ -72,7 +72,7 @@ def answers(engine, requests):
 def test_text_follows_from_seed_and_temperature(url, folder):
     # One at a time: this server has one random generator for all requests.
     engine = OpenAIEngine(folder, url, concurrency=1)
-    assert engine.identity == "models/smollm2-135m"
+    assert engine.identity == f"models/smollm2-135m|sent={openai_wire.form()}"
     drawn = answers(engine, [ask(1), ask(2), ask(3)])
     assert len({reply.text for reply in drawn}) == 3
     assert answers(engine, [ask(3), ask(1)]) == [drawn[2], drawn[0]]
