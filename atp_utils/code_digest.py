@@ -32,6 +32,15 @@ def code_digest(*paths: str | Path) -> str:
     return digest.hexdigest()
 
 
+@cache
+def code_of(*paths: str | Path) -> str:
+    """`code_digest` of the `closure` of ``paths`` and of themselves, as it was when this process first asked.
+
+    An edit of a file doesn't change what a running process has loaded.
+    """
+    return code_digest(*sorted({*closure(*paths), *map(str, paths)}))
+
+
 def closure(*paths: str | Path) -> list[str]:
     """Files of the package that ``paths`` (.ipynb or .py) reach, sorted, relative to the repository root.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atp_utils import folders, parameters, resolve
-from atp_utils.code_digest import closure, code_digest
+from atp_utils.code_digest import code_of
 
 # Where a run takes place, and not which one it is.
 PLACE = {"out", "overwrite", "figures", "urls", "key_variable", "concurrency", "launcher"}
@@ -63,10 +63,10 @@ def _values(notebook: str, namespace: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default_folder(notebook: str, values: Mapping[str, Any], *place: str) -> str:
-    """Where a run with ``values`` is kept if ``out`` is empty; a model's name may hold a slash, a folder's can't."""
-    code = code_digest(*closure(f"notebooks/{notebook}.ipynb"))
+    """Where a run with ``values`` is kept if ``out`` is empty."""
+    code = code_of(f"notebooks/{notebook}.ipynb")
     digest = hashlib.sha256(json.dumps([notebook, _what(values), code]).encode()).hexdigest()[:8]
-    return f"runs/demo/{'/'.join(part.strip('/').replace('/', '--') for part in place)}-{digest}"
+    return f"runs/demo/{'/'.join(map(parameters.as_folder, place))}-{digest}"
 
 
 def _what(values: Mapping[str, Any]) -> dict[str, Any]:

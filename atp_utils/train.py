@@ -26,7 +26,7 @@ from trl import DPOConfig, GRPOConfig
 from trl.import_utils import is_vllm_available
 
 from atp_utils import align, files, folders, launch, memory, models, progress, shown, tool_pairs
-from atp_utils.code_digest import PACKAGE, closure, code_digest
+from atp_utils.code_digest import PACKAGE, code_of
 from atp_utils.exact_trainers import ExactDPOTrainer, ExactGRPOTrainer, turn_end
 from atp_utils.journal import made_by, write_manifest
 from atp_utils.runs import Run
@@ -107,7 +107,7 @@ def check(run: Run, method: str, reward: Reward = "choice") -> dict[str, Any]:
     training.share(launch.processes(launch.configuration(launcher)) if launcher else 1)
     settings = {"method": method, "model": run.parameters["model"], **({"reward": reward} if method == "grpo" else {})}
     settings |= {"identity": models.identity(settings["model"]), **asdict(training)}
-    settings["code"] = code_digest(*closure(f"{PACKAGE}/train.py"))
+    settings["code"] = code_of(f"{PACKAGE}/train.py")
     folders.check(run.out, settings, overwrite=run.parameters["overwrite"])
     return settings
 

@@ -118,7 +118,7 @@ def test_dpo_trains_resumes_and_is_not_repeated(splits, tokenizer, embedded, tmp
     with pytest.raises(FileExistsError, match="rows_sha256"):
         train.adapter(run, "dpo", rows[:3])
     with monkeypatch.context() as patch, pytest.raises(FileExistsError, match="code: "):
-        patch.setattr(train, "code_digest", lambda *_: "edited")
+        patch.setattr(train, "code_of", lambda *_: "edited")
         train.check(run, "dpo")
     before = (out / "adapter_model.safetensors").read_bytes()
     with pytest.raises(AssertionError, match="trained again"):

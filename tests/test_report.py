@@ -1,15 +1,16 @@
+import shutil
+
 import pandas as pd
 import pytest
 
 from atp_utils import ROOT, journal, report, resolve
-from atp_utils.decisions import to_frame
 
 RESULTS = resolve("data/results/laptop")
 
 
 def test_the_readme_shows_the_recorded_run():
     text = (ROOT / "README.md").read_text()
-    for name, table in report.readme_tables(journal.read_decisions(RESULTS / "evolution")).items():
+    for name, table in report.readme_tables(RESULTS / "evolution").items():
         assert table in text, name
 
 
@@ -25,21 +26,9 @@ def test_a_run_that_is_not_there(tmp_path):
         report.report(tmp_path)
 
 
-def test_publishing_takes_complete_runs_and_no_weights(tmp_path):
-    run, target = tmp_path / "run", tmp_path / "record"
-    with journal.Journal(run / "evolution/role_play/m/base") as record:
-        record.finish(to_frame([], model="m", arm="base"))
-    (run / "evolution/role_play/m/dpo").mkdir()
-    adapter = run / "adapters/role_play/m/dpo"
-    adapter.mkdir(parents=True)
-    for name in ("training_log.csv", "manifest.json", "adapter_model.safetensors"):
-        (adapter / name).touch()
-    report.publish(run, target)
-    published = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
-    assert published == [
-        "adapters/role_play/m/dpo/manifest.json",
-        "adapters/role_play/m/dpo/training_log.csv",
-        "evolution/role_play/m/base/decisions.parquet",
-        "evolution/role_play/m/base/manifest.json",
-        "evolution/role_play/m/base/replies.jsonl.gz",
-    ]
+def test_a_report_on_one_arm_of_one_scenario(tmp_path):
+    for arm in ("role_play/smollm2-135m/base", "collusion/smollm2-135m/dpo"):
+        shutil.copytree(RESULTS / "evolution" / arm, tmp_path / "evolution" / arm)
+    text = report.report(tmp_path)
+    assert "smollm2-135m base" in text and "smollm2-135m dpo" in text and "Tool use" not in text
+    assert "P(deviate), deviant option first" in text
