@@ -8,7 +8,8 @@ self-evolution happens after training. Everything here works for any scenario wh
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from atp_utils.engine import Message, Request, derive_seed, render
+from atp_utils.chat_template import render
+from atp_utils.engine import Message, Request, derive_seed
 from atp_utils.parsing import answer_json, parse_choice, split_thinking
 from atp_utils.protocol import Protocol
 

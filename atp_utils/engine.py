@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 Message = dict[str, str]
 
@@ -33,29 +33,6 @@ def derive_seed(*keys: str | int) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(keys).encode()).digest()[:8]) >> 1
 
 
-def render(tokenizer: Any, messages: Sequence[Message], thinking: bool = False) -> str:
-    """A chat as the text that the model continues, special tokens included: tokenise it without adding any.
-
-    Training, scoring and generation all see a chat through this function. The text doesn't depend on the day it is
-    rendered. Raises ValueError when ``thinking`` is off and the chat template opens a thinking block all the same: an
-    option would be scored as a thought.
-    """
-    text = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking, date_string=DATE
-    )
-    if not thinking and opens_thinking(text):
-        raise ValueError(
-            f"{tokenizer.name_or_path}: its chat template can't switch thinking off; "
-            "take protocol reason with thinking true, or another model"
-        )
-    return text
-
-
-def opens_thinking(prompt: str) -> bool:
-    """Whether a rendered prompt ends in an open thinking block, so that the reply begins inside of it."""
-    return prompt.rstrip().endswith("<think>")
-
-
 def encodable(text: str) -> str:
     """``text`` with ``?`` for lone surrogates, which a server's JSON or a tool's output may hold and no file can."""
     return text.encode("utf-8", "replace").decode()
@@ -66,7 +43,7 @@ def defuse(text: str, marks: frozenset[str] = frozenset()) -> str:
 
     Those of common chat formats and ``marks``. Text that is defused already, or holds no mark, comes back as it is.
     """
-    pattern, before = _control(marks), None
+    pattern, before = control(marks), None
     # Again, because a mark may lie inside another.
     while text != before:
         before, text = text, pattern.sub(lambda found: f"{found[0][0]}\u200b{found[0][1:]}", text)
@@ -74,7 +51,8 @@ def defuse(text: str, marks: frozenset[str] = frozenset()) -> str:
 
 
 @cache
-def _control(marks: frozenset[str]) -> re.Pattern[str]:
+def control(marks: frozenset[str]) -> re.Pattern[str]:
+    """Any of ``marks`` or of the control tokens of common chat formats."""
     return re.compile("|".join([*map(re.escape, sorted(marks, key=len, reverse=True)), *_CONTROL]))
 
 

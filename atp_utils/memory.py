@@ -40,9 +40,9 @@ def parameters(source: str) -> int | None:
     Raises ValueError for a file that is no safetensors.
     """
     if Path(source).is_dir():
-        return sum(_elements(path) for path in _weights(Path(source)))
+        return sum(_elements(path) for path in weights(Path(source)))
     config = try_to_load_from_cache(source, "config.json")
-    if isinstance(config, str) and (cached := _weights(Path(config).parent)):
+    if isinstance(config, str) and (cached := weights(Path(config).parent)):
         return sum(_elements(path) for path in cached)
     try:
         return sum(get_safetensors_metadata(source).parameter_count.values())
@@ -77,7 +77,7 @@ def _shares() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if sharded else 1
 
 
-def _weights(folder: Path) -> list[Path]:
+def weights(folder: Path) -> list[Path]:
     """The files that are loaded: a folder may hold the same weights a second time under other names."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():

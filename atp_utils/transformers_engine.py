@@ -2,29 +2,24 @@
 
 A round costs its new tokens, not its history: the keys and values of every answered chat are kept, and a chat
 that extends one starts from the longest common token prefix. Chats may fork (two agents with one past) and
-batches may mix lengths: rows are assembled left-padded, and padding between a kept prefix and new tokens is
-masked and takes no position. Floating-point sums depend on the batch's shape, so log-probabilities repeat to
-rounding (about 0.01 in bfloat16), not to the bit.
+batches may mix lengths: a row is padded on the left only, so that windows and positions are those of the chat alone.
+Floating-point sums depend on the batch's shape, so log-probabilities repeat to rounding (about 0.01 in bfloat16), not
+to the bit.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import Cache, LogitsProcessorList
-from transformers.generation.logits_process import (
-    LogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import Cache
 
 from atp_utils import models
-from atp_utils.engine import Reply, Request, Sampling, collapse, drawn, opens_thinking, render
-from atp_utils.kv_cache import growing_cache
+from atp_utils.chat_template import common_prefix, decode, encode, render, thinking_opened, tokenised
+from atp_utils.engine import Reply, Request, collapse, drawn
+from atp_utils.kv_cache import KeptChats, check_attention, context_length, growing_cache
+from atp_utils.next_token import processors
 
 
 @dataclass
@@ -46,32 +41,16 @@ class _Row:
         return 0 if self.kept is None else self.kept.shape[-2]
 
 
-class _Gumbel(LogitsProcessor):
-    """Adds Gumbel noise from each row's own generator: the argmax is then an exact sample, seeded by row.
-
-    The noise is drawn where the scores are: on a CPU it would take some 20 ns an entry, with 100 rows and a large
-    vocabulary more than ten times as long as a GPU's decoding step.
-    """
-
-    def __init__(self, seeds: Sequence[int]):
-        self.seeds, self.generators = seeds, []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not self.generators:
-            self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
-        noise = torch.empty_like(scores, dtype=torch.float32)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores.float() - noise.log_()
-
-
 class TransformersEngine:
     """Answers `Request`s with the model ``name`` (and a LoRA adapter) in this process.
 
     Weights are loaded at the first request, so a replayed run never needs them. ``batch_tokens`` bounds the
     padded tokens of one forward pass (by default 4096, on a GPU 16384), ``cache_bytes`` the kept keys and
     values (least recently used conversations go first). ``forward_tokens`` counts the tokens that the model
-    really read, ``answered`` the chats of different content.
+    had to read, ``answered`` the chats of different content. A chat that doesn't fit into the model's context, with
+    its options or ``max_new_tokens`` more, gets the finish reason ``context``, no text and no log-probabilities.
+
+    Raises ValueError for a model whose layers keep a running state, and what `models.identity` raises.
     """
 
     def __init__(
@@ -84,13 +63,14 @@ class TransformersEngine:
         cache_bytes: float = 6e9,
     ):
         self.identity = models.identity(name, adapter, dtype)
+        config = models.read_config(name)
+        check_attention(name, config)
+        self.context = context_length(config)
         self.tokenizer = models.load_tokenizer(name)
         self.batch_tokens = batch_tokens or (16384 if torch.cuda.is_available() else 4096)
-        self.cache_bytes = cache_bytes
         self.answered = self.forward_tokens = 0
         self._load = lambda: models.load(name, adapter, dtype)
-        self._kept: OrderedDict[str, tuple[list[int], torch.Tensor]] = OrderedDict()
-        self._kept_bytes = 0
+        self._kept = KeptChats(cache_bytes)
 
     @cached_property
     def model(self):
@@ -102,7 +82,11 @@ class TransformersEngine:
         """Yield ``(index, reply)``, batch by batch; requests of equal content are computed once."""
         groups = collapse(requests)
         rows = [self._row(requests[group[0]]) for group in groups]
-        order = sorted(range(len(rows)), key=lambda i: (_kind(rows[i].request), len(rows[i].ids)))
+        fitting = [i for i, row in enumerate(rows) if self._fits(row)]
+        for i in sorted(set(range(len(rows))).difference(fitting)):
+            for index in groups[i]:
+                yield index, Reply("", len(rows[i].ids) - rows[i].shared, 0, "context")
+        order = sorted(fitting, key=lambda i: (_kind(rows[i].request), len(rows[i].ids)))
         for batch in self._batches(order, rows):
             chunk = [rows[i] for i in batch]
             forced = bool(chunk[0].request.options)
@@ -127,51 +111,38 @@ class TransformersEngine:
             yield batch
 
     def _row(self, request: Request) -> _Row:
-        prompt = render(self.tokenizer, request.messages, request.sampling.thinking and not request.options)
-        opening = "<think>" if opens_thinking(prompt) else ""
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        options = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in request.options]
-        shared = _common_prefix(options) if options else 0
-        ids = ids + (options[0][:shared] if options else [])
+        opening = ""
+        if request.options:
+            prompt, options = tokenised(self.tokenizer, request.messages, request.options)
+            shared = common_prefix(options)
+            ids = prompt + options[0][:shared]
+        else:
+            text = render(self.tokenizer, request.messages, request.sampling.thinking)
+            opening, ids, options, shared = thinking_opened(text), encode(self.tokenizer, text), [], 0
         tails = [option[shared:] for option in options]
-        return _Row(request, opening, ids, tails, shared, self._prefix(request, ids, shared))
+        # What follows the prompt proper is always read anew: its logits are what is wanted.
+        kept = self._kept.find(request.messages, ids, len(ids) - shared - 1)
+        return _Row(request, opening, ids, tails, shared, kept)
 
-    def _prefix(self, request: Request, ids: list[int], shared: int) -> torch.Tensor | None:
-        """Keys and values [layers, 2, heads, tokens, width] of the longest kept beginning of ``ids``."""
-        messages = list(request.messages)
-        for end in range(len(messages), 0, -1):
-            found = self._kept.get(_chat_key(messages[:end]))
-            if found is not None:
-                self._kept.move_to_end(_chat_key(messages[:end]))
-                # What follows the prompt proper is always read anew: its logits are what is wanted.
-                length = max(min(_common_prefix([ids, found[0]]), len(ids) - shared - 1), 0)
-                return found[1][..., :length, :] if length else None
-        return None
-
-    def _keep(self, row: _Row, ids: list[int], cache: Cache, place: int, slots: torch.Tensor) -> None:
-        if self.cache_bytes <= 0:
-            return
-        layers = [torch.stack((layer.keys[place], layer.values[place])) for layer in cache.layers]
-        values = torch.stack(layers)[..., slots, :]
-        key = _chat_key(row.request.messages)
-        if key in self._kept:
-            self._kept_bytes -= self._kept.pop(key)[1].nbytes
-        self._kept[key] = (ids, values)
-        self._kept_bytes += values.nbytes
-        while self._kept_bytes > self.cache_bytes:
-            self._kept_bytes -= self._kept.popitem(last=False)[1][1].nbytes
+    def _fits(self, row: _Row) -> bool:
+        more = max(map(len, row.tails)) if row.tails else row.request.sampling.max_new_tokens
+        return self.context is None or len(row.ids) + more <= self.context
 
     def _assemble(self, rows: list[_Row]) -> tuple[torch.Tensor, torch.Tensor, Cache]:
         """Ids and mask [rows, prefix + new tokens], and a cache holding the prefixes, all left-padded."""
-        prefix = max(row.length for row in rows)
+        self.forward_tokens += sum(len(row.ids) - row.length for row in rows)
         fresh = max(len(row.ids) - row.length for row in rows)
+        for row in rows:
+            # Where padding would stand between prefix and new tokens, the prefix's last tokens are read once more: a
+            # gap takes places in a sliding window.
+            fitting = max(len(row.ids) - fresh, 0)
+            row.kept = row.kept[..., :fitting, :] if row.kept is not None and fitting else None
+        prefix = max(row.length for row in rows)
         ids = torch.full((len(rows), prefix + fresh), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for place, row in enumerate(rows):
-            old, new = row.ids[: row.length], row.ids[row.length :]
-            for part, end in ((old, prefix), (new, prefix + fresh)):
-                ids[place, end - len(part) : end] = torch.tensor(part, dtype=ids.dtype)
-                mask[place, end - len(part) : end] = 1
+            ids[place, ids.shape[1] - len(row.ids) :] = torch.tensor(row.ids, dtype=ids.dtype)
+            mask[place, ids.shape[1] - len(row.ids) :] = 1
         cache = growing_cache()
         if prefix:
             sample = next(row.kept for row in rows if row.kept is not None)
@@ -182,11 +153,10 @@ class TransformersEngine:
                     if row.kept is not None:
                         both[:, place, :, prefix - row.length :] = row.kept[layer]
                 cache.update(both[0], both[1], layer)
-        self.forward_tokens += sum(len(row.ids) - row.length for row in rows)
         return ids.to(self.model.device), mask.to(self.model.device), cache
 
-    def _forward(self, ids, mask, cache, keep: int) -> torch.Tensor:
-        """Log-probabilities [rows, keep, vocabulary] after the last ``keep`` tokens of ``ids``."""
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, keep: int) -> torch.Tensor:
+        """Logits [rows, keep, vocabulary] in float32 after the last ``keep`` tokens of ``ids``."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = self.model(
             input_ids=ids,
@@ -196,16 +166,16 @@ class TransformersEngine:
             use_cache=True,
             logits_to_keep=keep,
         )
-        return out.logits.float().log_softmax(-1)
+        return out.logits.float()
 
     def _choose(self, rows: list[_Row]) -> list[Reply]:
         """Score every option's complete answer; the outcome's text is left to each request's own draw."""
         ids, mask, cache = self._assemble(rows)
         keep = max(row.shared for row in rows) + 1
-        after = self._forward(ids[:, cache.get_seq_length() :], mask, cache, keep)
+        after = self._forward(ids[:, cache.get_seq_length() :], mask, cache, keep).log_softmax(-1)
         shared = [_last_sum(after[p], row.ids[len(row.ids) - row.shared :]) for p, row in enumerate(rows)]
         for place, row in enumerate(rows):
-            self._keep(row, row.ids, cache, place, mask[place].nonzero().flatten())
+            self._kept.keep(row.request.messages, row.ids, cache, place, mask[place].nonzero().flatten())
         ends = [
             self._score_tails([row.tails[i] for row in rows], after[:, -1], mask, cache)
             for i in range(len(rows[0].tails))
@@ -239,7 +209,7 @@ class TransformersEngine:
             fed_mask[place, : len(read)] = 1
             self.forward_tokens += len(read)
         joint = torch.cat([mask, fed_mask.to(mask.device)], dim=1)
-        following = self._forward(fed.to(mask.device), joint, cache, longest)
+        following = self._forward(fed.to(mask.device), joint, cache, longest).log_softmax(-1)
         cache.crop(-longest)
         return [
             score + float(sum(following[place, i, token] for i, token in enumerate(tails[place][1:])))
@@ -248,31 +218,42 @@ class TransformersEngine:
 
     def _generate(self, rows: list[_Row]) -> list[Reply]:
         ids, mask, cache = self._assemble(rows)
-        sampling = rows[0].request.sampling
-        out = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=False,
-            logits_processor=_processors(sampling, [row.request.seed for row in rows]),
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self._stop_ids(),
-        )
+        new = self._drawn(rows, ids, mask, cache)
         replies = []
         for place, row in enumerate(rows):
-            new = out[place, ids.shape[1] :].tolist()
-            end = next((i for i, token in enumerate(new) if token in self._stop_ids()), None)
+            tokens = new[place].tolist()
+            end = next((i for i, token in enumerate(tokens) if token in self._stop_ids()), None)
             # A reply that is cut off in a block that the prompt opened would otherwise pass for an answer.
-            text = row.opening + self.tokenizer.decode(new[:end], skip_special_tokens=True)
-            count = len(new) if end is None else end + 1
+            text = row.opening + decode(self.tokenizer, tokens[:end])
+            count = len(tokens) if end is None else end + 1
             replies.append(Reply(text, len(row.ids), count, "length" if end is None else "stop"))
             self.forward_tokens += count
             # The last token sampled was never read, so it has no keys.
             read = min(count, cache.get_seq_length() - ids.shape[1])
             slots = torch.cat([mask[place].nonzero().flatten(), ids.shape[1] + torch.arange(read).to(mask.device)])
-            self._keep(row, row.ids + new[:read], cache, place, slots)
+            self._kept.keep(row.request.messages, row.ids + tokens[:read], cache, place, slots)
         return replies
+
+    def _drawn(self, rows: list[_Row], ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """New tokens [rows, up to ``max_new_tokens``], padded behind a stop token.
+
+        Drawn here, because `generate` mixes in the settings that come with a model: penalties, suppressed or forced
+        tokens, stop strings.
+        """
+        sampling = rows[0].request.sampling
+        process = processors(sampling, [row.request.seed for row in rows])
+        stops = torch.tensor(self._stop_ids(), device=ids.device)
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
+        fed, new = ids[:, cache.get_seq_length() :], []
+        for _ in range(sampling.max_new_tokens):
+            scores = process(ids, self._forward(fed, mask, cache, 1)[:, -1])
+            token = scores.argmax(-1).masked_fill(ended, self.tokenizer.pad_token_id)
+            new.append(token)
+            ended |= torch.isin(token, stops)
+            if ended.all():
+                break
+            fed, mask = token[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        return torch.stack(new, dim=1)
 
     def _stop_ids(self) -> list[int]:
         configured = self.model.generation_config.eos_token_id
@@ -293,32 +274,6 @@ def _kind(request: Request) -> tuple:
         sampling.top_k,
         sampling.thinking,
     )
-
-
-def _processors(sampling: Sampling, seeds: Sequence[int]) -> LogitsProcessorList:
-    processors = LogitsProcessorList()
-    if sampling.temperature == 0:
-        return processors
-    if sampling.temperature != 1:
-        processors.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        processors.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        processors.append(TopPLogitsWarper(sampling.top_p))
-    processors.append(_Gumbel(seeds))
-    return processors
-
-
-def _chat_key(messages: Sequence) -> str:
-    return "\x00".join(f"{message['role']}\x01{message['content']}" for message in messages)
-
-
-def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    shortest = min(map(len, sequences))
-    for place in range(shortest):
-        if len({sequence[place] for sequence in sequences}) > 1:
-            return place
-    return shortest
 
 
 def _last_sum(logprobs: torch.Tensor, tokens: Sequence[int]) -> float:

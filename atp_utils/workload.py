@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from atp_utils import align, collusion, evolve, role_play, tool_items, tool_pairs, tool_use, train
+from atp_utils.chat_template import render
 from atp_utils.costs import Chat
-from atp_utils.engine import Reply, Request, Sampling, ScriptedEngine, collapse, render
+from atp_utils.engine import Reply, Request, Sampling, ScriptedEngine, collapse
 from atp_utils.journal import Journal
 from atp_utils.parsing import answer_json
 from atp_utils.protocol import Protocol
@@ -188,7 +189,7 @@ def evolution(
         replies = replace(replies, visible=settings["max_new_tokens"])
     rounds, seeds = settings["rounds"], settings["seeds"]
     if scenario == "role_play":
-        chosen = role_play.spread(list(items), settings["items"])
+        chosen = role_play.balanced_subset(list(items), settings["items"])
         episodes = [role_play.episode(item, rounds=rounds, seed=s, protocol=how) for s in seeds for item in chosen]
     elif scenario == "collusion":
         numbers = {name: settings[name] for name in ("agents", "thresholds", "payoffs")}

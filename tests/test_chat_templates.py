@@ -12,7 +12,8 @@ import torch
 from tiny_models import FAMILIES, STOPS, template
 
 from atp_utils import align, collusion, evolve, models, role_play, tool_items, tool_use, train
-from atp_utils.engine import DATE, Request, Sampling, ScriptedEngine, render
+from atp_utils.chat_template import render
+from atp_utils.engine import DATE, Request, Sampling, ScriptedEngine
 from atp_utils.journal import Journal
 from atp_utils.parsing import answer_json, ends_thinking, parse_choice, split_thinking
 from atp_utils.protocol import Protocol

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp_utils import ROOT, costs, models, parameters, plan, role_play, workload
+from atp_utils.chat_template import render
 from atp_utils.costs import ASSUMED, DEVICES, Chat, Machine
-from atp_utils.engine import render
 from atp_utils.protocol import Protocol
 from atp_utils.workload import Replies
 
