@@ -15,13 +15,14 @@ BOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 # What a run imports or starts late, by the end of its path: an engine when it is opened, the sandbox's other process.
 LATE = ("/transformers_engine.py", "/openai_engine.py", "/transformers.py", "/openai.py", "/_sandbox_worker.py")
 LOADED = """
-import json, sys
+import ast, json, sys
 for path in json.load(sys.stdin):
     cells = [cell for cell in json.load(open(path))["cells"] if cell["cell_type"] == "code"]
-    lines = "\\n".join("".join(cell["source"]) for cell in cells).splitlines()
+    body = ast.parse("\\n".join("".join(cell["source"]) for cell in cells)).body
     for name in [name for name in sys.modules if name.partition(".")[0] == "atp_utils"]:
         del sys.modules[name]
-    exec("\\n".join(line for line in lines if line.startswith(("import ", "from "))), {})
+    imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    exec(compile(ast.Module(imports, []), path, "exec"), {})
     ours = [module for name, module in sys.modules.items() if name.partition(".")[0] == "atp_utils"]
     print(json.dumps([module.__file__ for module in ours]))
 """
