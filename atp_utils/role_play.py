@@ -1,15 +1,17 @@
 """Paradigm I, role-play (Section 3.1.1, Appendix A.1.1): environments, prompts, feedback and the episode.
 
 Each environment has a persona, a recurring task, a rule and two options; the one that breaks the rule pays
-more. No label or position can pass for rule-breaking: over the items of an environment each label is the
-compliant one in half, and the compliant option is named first in half.
+more. No label or position can pass for rule-breaking: over the items of an environment, and over those of any
+`balanced_subset`, each label is the compliant one in half, and the compliant option is named first in half.
 """
 
 import random
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from atp_utils import files, resolve
 from atp_utils.decisions import Decision
@@ -19,6 +21,8 @@ from atp_utils.protocol import Choice, Protocol, Question, decide
 
 ENVIRONMENTS = Path("data/environments/role_play.yaml")
 TRAIN_OCCASIONS = 5
+# (index of the compliant label, whether it is named first); the first two are opposites, and so are the last two.
+CORNERS = ((0, True), (1, False), (0, False), (1, True))
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Span = Annotated[list[int], Field(min_length=2, max_length=2)]
@@ -47,7 +51,8 @@ class Environment(BaseModel):
     task: Text
     rule: Text
     rule_by: Text
-    labels: Annotated[list[Text], Field(min_length=2, max_length=2)]
+    # Sorted, so that an item alone tells whether its compliant label is the first of them or the second.
+    labels: Annotated[list[Text], Field(min_length=2, max_length=2), AfterValidator(sorted)]
     action: Text
     unit: Text
     gain: Text
@@ -119,19 +124,12 @@ def make_items(
         for split, items, count in (("train", splits[0], train), ("test", splits[1], test)):
             texts = occasions[split == "test"]
             for number in range(count):
-                # A full crossing of label and position every four items; two left over take opposite corners,
-                # and the next environment the other two.
-                label, first = _corner(number, count, place)
-                occasion = texts[(number + 1) // 2 % len(texts)]
+                # A Latin square: four items of an environment, and the n-th ones of four environments, take all
+                # corners; two neighbours take opposite ones, and they share an occasion.
+                label, first = CORNERS[number % 4 ^ place % 4]
+                occasion = texts[number // 2 % len(texts)]
                 items.append(_item(environment, split, number, label, first, pairs.pop(), occasion))
     return splits
-
-
-def _corner(number: int, count: int, place: int) -> tuple[int, bool]:
-    """(index of the compliant label, whether it is named first) of an environment's ``number``-th item."""
-    if number < count - count % 4:
-        return number % 2, (number // 2) % 2 == 0
-    return number % 2, (number + place) % 2 == 0
 
 
 def _payoffs(environment: Environment, count: int, rng: random.Random) -> list[tuple[int, int]]:
@@ -182,14 +180,41 @@ def _item(
     )
 
 
-def spread(items: list[Item], count: int) -> list[Item]:
-    """``count`` of the items, evenly spread over their order and so over the environments; 0 takes all.
+def balanced_subset(items: Sequence[Item], count: int) -> list[Item]:
+    """``count`` of the items, in their order; 0 takes all.
 
-    Raises ValueError when there are fewer.
+    Out of `make_items`, any count takes environments evenly, either label as the compliant one in half, the compliant
+    option first in half, and both crossed. Raises ValueError for a negative count, or where there are fewer items.
     """
-    if count > len(items):
-        raise ValueError(f"items must be at most {len(items)} (the test set), got {count}")
-    return [items[place * len(items) // count] for place in range(count)] if count else items
+    if not 0 <= count <= len(items):
+        raise ValueError(f"items must lie in 0..{len(items)} (the number of test items; 0 takes all), got {count}")
+    if count in (0, len(items)):
+        return list(items)
+    own: dict[str, list[Item]] = {}
+    for item in items:
+        own.setdefault(item.environment, []).append(item)
+    corners, chosen = Counter(), set()
+    for row in range(max(map(len, own.values()))):
+        # One more item of every environment, out of the four that cross label and position.
+        waiting = {name: part[row - row % 4 :][:4] for name, part in own.items() if row < len(part)}
+        while waiting and len(chosen) < count:
+            left = (item for part in waiting.values() for item in part if item.id not in chosen)
+            item = min(left, key=lambda item: _unbalance(corners, _corner(item)))
+            corners[_corner(item)] += 1
+            chosen.add(item.id)
+            del waiting[item.environment]
+    return [item for item in items if item.id in chosen]
+
+
+def _corner(item: Item) -> tuple[bool, bool]:
+    return item.compliant == min(item.options), item.compliant == item.options[0]
+
+
+def _unbalance(corners: Counter, corner: tuple[bool, bool]) -> tuple[int, int]:
+    """How uneven ``corners`` and one more ``corner`` are over label and position, and then over their crossing."""
+    after = corners + Counter([corner])
+    sides = [sum(n if taken[axis] else -n for taken, n in after.items()) for axis in (0, 1)]
+    return sum(map(abs, sides)), corners[corner]
 
 
 def opening(item: Item, protocol: Protocol) -> list[Message]:
@@ -262,5 +287,7 @@ def _decision(item: Item, number: int, seed: int, choice: Choice, earned: int) -
         capital=earned,
         prompt_tokens=choice.prompt_tokens,
         completion_tokens=choice.completion_tokens,
-        reply=choice.reply,
+        reply=choice.replies[-1],
+        replies=" ".join(choice.replies),
+        fault=choice.fault,
     )

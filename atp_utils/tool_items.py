@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -95,8 +96,8 @@ def draw_problems(
 def make_items(drawn: Sequence[tuple[Problem, str]], *, test: int, seed: int = 0) -> tuple[list[Item], list[Item]]:
     """``(train, test)`` items of one kind, without a common question (`problems.split_problems`).
 
-    Within a family and split the two policies take turns at being named first. Raises ValueError for a ``test`` that
-    leaves either side empty, or a negative seed.
+    Within a split, and within each family of it, the policies take turns at being named first. Raises ValueError for a
+    ``test`` that leaves either side empty, or a negative seed.
     """
     if seed < 0:
         raise ValueError(f"seed must be >= 0, got {seed}")
@@ -106,32 +107,30 @@ def make_items(drawn: Sequence[tuple[Problem, str]], *, test: int, seed: int = 0
 
 
 def _items(part: list[Problem], split: str, programs: dict[str, str]) -> list[Item]:
-    families, seen, items = sorted({problem.family for problem in part}), Counter(), []
-    for problem in part:
-        # Families start with either policy in turn, for the sake of those with an odd number of problems.
-        turn = seen[problem.family] + families.index(problem.family)
-        seen[problem.family] += 1
-        items.append(
-            Item(
-                id=problem.id if problem.id.startswith(f"{problem.kind}-") else f"{problem.kind}-{problem.id}",
-                environment=problem.family,
-                split=split,
-                kind=problem.kind,
-                question=problem.question,
-                options=POLICIES[:: 1 if turn % 2 == 0 else -1],
-                compliant="tool" if problem.kind == "complex" else "direct",
-                answer=problem.answer,
-                program=programs[problem.id],
-            )
+    by_family = sorted(part, key=lambda problem: problem.family)
+    turns = {problem.id: turn for turn, problem in enumerate(by_family)}
+    return [
+        Item(
+            id=problem.id if problem.id.startswith(f"{problem.kind}-") else f"{problem.kind}-{problem.id}",
+            environment=problem.family,
+            split=split,
+            kind=problem.kind,
+            question=problem.question,
+            options=POLICIES[:: 1 if turns[problem.id] % 2 == 0 else -1],
+            compliant="tool" if problem.kind == "complex" else "direct",
+            answer=problem.answer,
+            program=programs[problem.id],
         )
-    return items
+        for problem in part
+    ]
 
 
 def blocks(items: Sequence[Item], setting: Setting, seed: int, agent: int) -> tuple[list[list[Item]], list[Item]]:
     """An agent's problems: the simple ones of each round, all different, and the complex ones of every round.
 
-    Drawn from the test items by seed and agent, as evenly over families as can be. Raises ValueError for a training
-    item, or where there are too few test items of a kind.
+    Drawn from the test items by seed and agent, as evenly over families as can be, and so that either policy is named
+    first in half of every round's problems and of the complex ones. Raises ValueError for a training item, or where
+    there are too few test items of a kind.
     """
     trained = [item.id for item in items if item.split != "test"]
     if trained:
@@ -144,14 +143,38 @@ def blocks(items: Sequence[Item], setting: Setting, seed: int, agent: int) -> tu
         if len(pool) < count:
             raise ValueError(f"{count} {kind} test problems needed, there are {len(pool)}")
         random.Random(derive_seed("tool_use", "blocks", kind, seed, agent)).shuffle(pool)
-        drawn[kind] = _even(pool)[:count]
+        drawn[kind] = _draw(pool, count)
     return [drawn["simple"][start : start + size] for start in range(0, counts["simple"], size)], drawn["complex"]
 
 
-def _even(pool: Sequence[Item]) -> list[Item]:
-    """``pool`` reordered: every family's first item, then every family's second one, and so on."""
-    seen, places = Counter(), {}
+def _draw(pool: Sequence[Item], count: int) -> list[Item]:
+    """``count`` of ``pool``, evenly over families; the policies take turns at being named first, as far as they can."""
+    seen, rows = Counter(), {}
     for item in pool:
-        places[item.id] = seen[item.environment]
+        rows[item.id] = seen[item.environment]
         seen[item.environment] += 1
-    return sorted(pool, key=lambda item: places[item.id])
+    order = sorted(pool, key=lambda item: rows[item.id])
+    levels = [rows[item.id] for item in order]
+    while swap := _better(order, levels, count):
+        old, new = swap
+        order[old], order[new] = order[new], order[old]
+    sides = [[item for item in order[:count] if item.options[0] == policy] for policy in POLICIES]
+    longer, other = sorted(sides, key=lambda side: (-len(side), order[0] not in side))
+    return [item for pair in zip_longest(longer, other) for item in pair if item]
+
+
+def _better(order: Sequence[Item], levels: Sequence[int], count: int) -> tuple[int, int] | None:
+    """Places of a drawn item and one to have in its stead, for more balance between policies; None if it can't be.
+
+    The two are of one family, or of two that have as many drawn before them: families stay as even as they are.
+    """
+    signs = [1 if item.options[0] == POLICIES[0] else -1 for item in order]
+    excess = sum(signs[:count])
+    if abs(excess) < 2:
+        return None
+    for old in reversed(range(count)):
+        for new in range(count, len(order)):
+            same = order[old].environment == order[new].environment or levels[old] == levels[new]
+            if signs[old] * excess > 0 > signs[new] * excess and same:
+                return old, new
+    return None

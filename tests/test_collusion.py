@@ -2,13 +2,15 @@
 
 import re
 from collections import Counter
+from itertools import combinations
 
+import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_utils import collusion, evolve, files, models, resolve
+from atp_utils import collusion, evolve, files, resolve
 from atp_utils.decisions import to_frame
 from atp_utils.engine import Sampling, ScriptedEngine
 from atp_utils.journal import Journal
@@ -237,13 +239,65 @@ def test_identical_chats_are_answered_once(tmp_path, item):
 def test_the_grid_is_the_papers(games):
     grid = collusion.make_grid(games)
     assert len(games) == 7 and len(grid) == 140 and len({item.id for item in grid}) == 140
-    settings = {(item.threshold, item.payoffs) for item in grid}
-    assert len(settings) == 20
-    firsts = Counter(item.options[0] == item.deviant for item in grid)
-    assert firsts[True] == firsts[False]
+    assert len({(item.threshold, item.payoffs) for item in grid}) == 20
+
+
+def leads(items):
+    """+1 where colluding is named first, -1 where last."""
+    return np.array([1 if item.options[0] == item.deviant else -1 for item in items])
+
+
+FACTORS = {
+    "game": lambda item: item.environment,
+    "threshold": lambda item: item.threshold,
+    "payoffs": lambda item: item.payoffs,
+}
+
+
+def subsets(values):
+    return st.lists(st.sampled_from(values), min_size=1, unique=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(number=st.integers(1, 7), thresholds=subsets(range(1, 9)), payoffs=subsets(collusion.PAYOFFS))
+def test_either_option_is_first_in_half_of_any_part_of_any_grid(games, number, thresholds, payoffs):
+    grid = collusion.make_grid(games[:number], thresholds=thresholds, payoffs=payoffs)
+    for size in range(3):
+        for chosen in combinations(FACTORS.values(), size):
+            for cell in {tuple(factor(item) for factor in chosen) for item in grid}:
+                part = [item for item in grid if tuple(factor(item) for factor in chosen) == cell]
+                assert abs(leads(part).sum()) <= 1, cell
+
+
+def test_position_stands_for_no_factor_and_no_parity_of_factors(games):
+    grid = collusion.make_grid(games)
+    levels = {name: list(dict.fromkeys(map(factor, grid))) for name, factor in FACTORS.items()}
+    places = {name: np.array([levels[name].index(FACTORS[name](item)) for item in grid]) for name in FACTORS}
+    for size in (1, 2, 3):
+        for names in combinations(FACTORS, size):
+            parity = (-1) ** sum(places[name] for name in names)
+            assert abs(np.corrcoef(parity, leads(grid))[0, 1]) < 0.05, names
+    for name, place in places.items():
+        assert abs(np.corrcoef(place, leads(grid))[0, 1]) < 0.05, name
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_position_stands_for_nothing_in_the_training_instances(games, seed):
+    instances = collusion.make_instances(games, seed=seed)
+    columns = {
+        "agents": [item.agents for item in instances],
+        "threshold": [item.threshold for item in instances],
+        "share": [item.threshold / item.agents for item in instances],
+        "parity": [item.threshold % 2 for item in instances],
+        "r_high": [item.payoffs[0] for item in instances],
+        "r_low": [item.payoffs[2] for item in instances],
+    }
+    for name, column in columns.items():
+        # Three standard errors of a correlation in 350 instances; what they are sorted by does better.
+        limit = 0.02 if name == "threshold" else 0.16
+        assert abs(np.corrcoef(column, leads(instances))[0, 1]) < limit, name
     for game in games:
-        own = [item.options[0] == item.deviant for item in grid if item.environment == game.name]
-        assert sum(own) * 2 == len(own)
+        assert leads([item for item in instances if item.environment == game.name]).sum() == 0
 
 
 def test_350_training_instances_none_of_them_tested(games, tmp_path):
@@ -261,16 +315,6 @@ def test_350_training_instances_none_of_them_tested(games, tmp_path):
 def test_the_committed_instances_are_what_seed_0_gives(games):
     committed = files.read_jsonl(resolve("data/collusion/train.jsonl"), collusion.Item)
     assert committed == collusion.make_instances(games)
-
-
-def test_labels_have_equally_many_tokens(games, embedded):
-    tokenizer = models.load_tokenizer(embedded)
-    for game in games:
-        counts = {
-            len(tokenizer(answer_json(label), add_special_tokens=False)["input_ids"])
-            for label in (game.labels.collude, game.labels.abstain)
-        }
-        assert len(counts) == 1, game.name
 
 
 def test_payoffs_of_decisions_are_multiplicative(tmp_path, games):

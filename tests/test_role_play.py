@@ -2,8 +2,10 @@ from collections import Counter
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from atp_utils import files, models, resolve, role_play
+from atp_utils import files, resolve, role_play
 from atp_utils.parsing import answer_json
 from atp_utils.protocol import Protocol
 
@@ -31,18 +33,6 @@ def test_no_label_or_position_passes_for_rule_breaking(environments, splits, spl
         assert sum(item.compliant == environment.labels[0] for item in items) * 2 == len(items)
     corners = Counter((item.options[0] == item.compliant, item.compliant == min(item.options)) for item in splits[1])
     assert set(corners.values()) == {16}
-
-
-def test_labels_of_an_environment_have_equally_many_tokens(environments, embedded):
-    tokenizer = models.load_tokenizer(embedded)
-
-    def count(text):
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    for environment in environments:
-        first, second = environment.labels
-        assert count(answer_json(first)) == count(answer_json(second)), environment.name
-        assert count(f" {first}") == count(f" {second}"), environment.name
 
 
 def test_breaking_the_rule_always_pays_more(splits):
@@ -116,10 +106,53 @@ def test_the_prompt_names_options_in_the_items_order(item):
         assert item.compliant in text.split("\n")[0]
 
 
-def test_a_part_of_the_items_is_spread_over_the_environments(splits):
-    test = splits[1]
-    assert role_play.spread(test, 0) == role_play.spread(test, 64) == test
-    assert len({item.environment for item in role_play.spread(test, 16)}) == 16
-    assert len(role_play.spread(test, 3)) == 3
-    with pytest.raises(ValueError, match="at most 64"):
-        role_play.spread(test, 65)
+def corners(items, environments):
+    """How many items have each (rank of the compliant label, place of the compliant option)."""
+    labels = {environment.name: environment.labels for environment in environments}
+    taken = Counter((labels[i.environment].index(i.compliant), i.options.index(i.compliant)) for i in items)
+    return [[taken[rank, place] for place in (0, 1)] for rank in (0, 1)]
+
+
+def check_balance(chosen, environments, crossing=1):
+    (a, b), (c, d) = corners(chosen, environments)
+    assert abs(a + b - c - d) <= 1, "labels"
+    assert abs(a + c - b - d) <= 1, "positions"
+    assert max(a, b, c, d) - min(a, b, c, d) <= crossing, "label and position crossed"
+    own = Counter(item.environment for item in chosen)
+    counts = [own[environment.name] for environment in environments]
+    assert max(counts) - min(counts) <= 1, "environments"
+
+
+@pytest.mark.parametrize("count", range(1, 65))
+def test_any_number_of_test_items_is_balanced(environments, splits, count):
+    chosen = role_play.balanced_subset(splits[1], count)
+    assert len({item.id for item in chosen}) == count
+    assert chosen == [item for item in splits[1] if item in chosen]
+    check_balance(chosen, environments)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_number_of_items_is_balanced_whatever_the_environments(environments, data):
+    number, each = data.draw(st.integers(1, 40)), 2 * data.draw(st.integers(1, 6))
+    many = [environments[n % 16].model_copy(update={"name": f"{environments[n % 16].name}_{n}"}) for n in range(number)]
+    sides = {"train": each, "test": 2} if data.draw(st.booleans()) else {"train": 2, "test": each}
+    items = role_play.make_items(many, **sides)[sides["test"] == each]
+    count = data.draw(st.integers(1, len(items)))
+    # Two items left over of each of 4n + 2 environments can't cross label and position and have half of both.
+    odd = number % 4 == 2 and len(items) // number % 4 == 2 and count > len(items) - 2
+    check_balance(role_play.balanced_subset(items, count), many, crossing=2 if odd else 1)
+
+
+def test_occasions_stand_for_neither_label_nor_position(environments, splits):
+    for items in splits:
+        for occasion in {item.prompt.split("\n")[1] for item in items}:
+            (a, b), (c, d) = corners([i for i in items if i.prompt.split("\n")[1] == occasion], environments)
+            assert a + b == c + d and a + c == b + d
+
+
+def test_how_many_items_there_can_be(splits):
+    assert role_play.balanced_subset(splits[1], 0) == role_play.balanced_subset(splits[1], 64) == splits[1]
+    for count in (-1, 65):
+        with pytest.raises(ValueError, match=r"items must lie in 0\.\.64"):
+            role_play.balanced_subset(splits[1], count)
