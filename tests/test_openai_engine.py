@@ -98,6 +98,24 @@ def test_replies_under_way_are_kept_when_another_request_fails(start):
     assert sorted(got) == sorted(body["seed"] for body in server.served) and 2 <= len(got) < 8
 
 
+def test_a_run_finishes_although_a_chat_is_too_long(start, tmp_path, splits):
+    full = "This model's maximum context length is 4096 tokens. However, you requested 4100 tokens."
+    long, *others = {item.environment: item for item in splits[1]}.values()
+    items = [others[0], long, others[1]]
+
+    def rule(body):
+        if len(body["messages"]) > 2 and body["messages"][0]["content"].startswith(long.system):
+            return {"status": 400, "error": {"message": full, "code": 400}}
+        return chat(choice(body["messages"], body["seed"]))
+
+    rows = play(tmp_path, items, OpenAIEngine("toy", start(rule).url, concurrency=2))
+    assert [(row.item, row.round, row.fault) for row in rows if not row.valid] == [
+        (long.id, 2, "context"), (long.id, 3, "context"),
+    ]  # fmt: skip
+    away = OpenAIEngine("toy", "http://127.0.0.1:9/v1", identity=f"toy|root=a/toy|{SENT}")
+    assert len(rows) == 9 and play(tmp_path, items, away) == rows
+
+
 def test_retry_after_is_honoured(start):
     server = start()
     server.faults.append("slow down")

@@ -1,15 +1,14 @@
 """What a request becomes on the wire, and what servers' replies mean: each as some server really sends it."""
 
-import math
 from dataclasses import replace
 
 import pytest
-from fault_server import NO, PREFIX, YES, Letters, answers, chat, echo, forced, free, running, said, tops
+from fault_server import Letters, answers, chat, echo, forced, free, running, said
 
 from atp_utils import evolve, journal, models, openai_wire
-from atp_utils.engine import Reply, Request, normalise
+from atp_utils.engine import Reply, Request
 from atp_utils.openai_engine import OpenAIEngine
-from atp_utils.parsing import answer_json, split_thinking
+from atp_utils.parsing import split_thinking
 
 SENT = f"sent={openai_wire.form()}"
 
@@ -61,128 +60,6 @@ def test_thinking_is_kept_apart_from_the_answer(start, message, thinking, answer
     [reply] = answers(OpenAIEngine("toy", start(lambda body: chat(**message)).url), [free(1)])
     assert split_thinking(reply.text) == (thinking, answer)
     assert reply.finish_reason == message.get("finish_reason", "stop")
-
-
-def test_options_are_scored_whole_where_the_server_echoes(start, monkeypatch):
-    monkeypatch.setattr(models, "load_tokenizer", lambda name: Letters())
-    server = start(echo)
-    engine = OpenAIEngine("toy", server.url, tokenizer="letters")
-    replies = answers(engine, [forced(seed) for seed in range(30)])
-    assert len({reply.logprobs for reply in replies}) == 1
-    assert replies[0].logprobs == pytest.approx((-0.1 * len(YES), -0.1 * len(NO)))
-    assert {reply.text for reply in replies} == {YES, NO} and {reply.finish_reason for reply in replies} == {"scored"}
-    assert replies[0].prompt_tokens == len("user: Do you like rain?\nassistant: ")
-    assert len(server.served) == 2 and engine.answered == 1  # the probe and one request
-    assert engine.identity.endswith("|tokenizer=letters")
-
-
-@pytest.mark.parametrize("kind", ["new token only", "refused", "none"])
-def test_the_first_differing_token_stands_in_where_nothing_is_echoed(start, monkeypatch, kind):
-    monkeypatch.setattr(models, "load_tokenizer", lambda name: Letters())
-
-    def rule(body):
-        if "prompt" not in body:
-            return chat(NO, logprobs=tops(*PREFIX, ("No", {"No": 0.3, "Yes": 0.5, "Y": 0.1, "Maybe": 0.1})))
-        short = {"index": 0, "logprobs": {"token_logprobs": [-0.5]} if kind == "new token only" else None}
-        return {"status": 400, "error": "no"} if kind == "refused" else {"choices": [short, short | {"index": 1}]}
-
-    server = start(rule)
-    replies = answers(OpenAIEngine("toy", server.url, tokenizer="letters"), [forced(seed) for seed in range(20)])
-    assert normalise(replies[0].logprobs) == pytest.approx([2 / 3, 1 / 3])
-    assert {reply.finish_reason for reply in replies} == {"first_token"}
-    assert {reply.text for reply in replies} == {YES, NO} and server.posts.count("/v1/chat/completions") == 1
-    schema = server.served[-1]["response_format"]["json_schema"]["schema"]
-    assert schema["properties"] == {"choice": {"enum": ["Yes", "No"]}} and server.served[-1]["temperature"] == 1
-
-
-@pytest.mark.parametrize(
-    "logprobs",
-    [
-        None,
-        {"content": [{"token": "{"}]},
-        tops(*PREFIX, ("No", {"No": 0.6, "Maybe": 0.2})),  # "Yes" is not among them, and 0.2 might be its
-        tops(*PREFIX, ("Maybe", {"Maybe": 1.0})),  # neither is
-        tops(),
-        tops(("Sure", {"Sure": 0.8, "{": 0.2})),  # the text is another
-        tops(('{"', {'{"': 0.9, '{"choice": "N': 0.1}), *PREFIX[1:], ("No", {"No": 0.5, "Yes": 0.5})),  # two ways to No
-    ],
-)
-def test_without_clear_log_probabilities_every_request_gets_its_own_text(start, logprobs):
-    server = start(lambda body: chat((YES, NO, "Rain is wet.")[body["seed"] % 3], logprobs=logprobs))
-    replies = answers(OpenAIEngine("toy", server.url), [forced(seed) for seed in range(9)])
-    assert [reply.text for reply in replies] == [YES, NO, "Rain is wet."] * 3
-    assert {(reply.logprobs, reply.finish_reason) for reply in replies} == {(None, "sampled:stop")}
-    assert sorted(body["seed"] for body in server.served) == list(range(9))
-
-
-def test_a_token_that_begins_several_options_is_ambiguous(start):
-    options = tuple(answer_json(name) for name in ("Green Gate", "Green Door", "Red Gate"))
-    clear = {"Green G": 0.3, "Green D": 0.3, "Red": 0.4}
-    for table, reason in ((clear, "first_token"), (clear | {"Green": 0.2}, "sampled:stop")):
-        server = start(lambda body, table=table: chat(options[2], logprobs=tops(*PREFIX, ("Red", table))))
-        [reply] = answers(OpenAIEngine("toy", server.url), [forced(options=options)])
-        assert reply.finish_reason == reason
-
-
-LISTED = tuple((name, 0.0001) for name in map(str, range(18)))
-
-
-@pytest.mark.parametrize(
-    ("table", "most"),
-    [
-        ({"No": 0.99, "Yes": 0.0}, 0.01),  # -9999
-        ({"No": 0.99, "Nope": 0.005, **dict(LISTED)}, 0.005 - 18 * 0.0001),  # outside of the list
-        ({"No": 1.0}, openai_wire.ROUNDING),
-    ],
-)
-def test_an_option_too_unlikely_to_be_listed_has_what_is_left_at_most(start, table, most):
-    server = start(lambda body: chat(NO, logprobs=tops(*PREFIX, ("No", table))))
-    replies = answers(OpenAIEngine("toy", server.url), [forced(seed) for seed in range(4)])
-    assert {reply.finish_reason for reply in replies} == {"first_token:bound"} and len(server.served) == 1
-    yes, no = map(math.exp, replies[0].logprobs)
-    assert no == pytest.approx(0.99 if most > 1e-5 else 1.0) and yes == pytest.approx(most)
-
-
-def test_options_that_are_not_listed_share_what_is_left_and_the_drawn_token_counts(start):
-    options = tuple(map(answer_json, ("Red", "Green", "Blue")))
-    server = start(lambda body: chat(options[0], logprobs=tops(*PREFIX, ("Red", {"Red": 0.96}))))
-    [reply] = answers(OpenAIEngine("toy", server.url), [forced(options=options)])
-    assert [math.exp(value) for value in reply.logprobs] == pytest.approx([0.96, 0.02, 0.02])
-    drawn = tops(*PREFIX, ("Yes", {"Yes": 0.01, "No": 0.9}))
-    drawn["content"][-1]["top_logprobs"].pop(0)
-    [reply] = answers(OpenAIEngine("toy", start(lambda body: chat(YES, logprobs=drawn)).url), [forced()])
-    assert normalise(reply.logprobs) == pytest.approx([1 / 91, 90 / 91]) and reply.finish_reason == "first_token"
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, 3.0])
-def test_what_is_no_log_probability_is_the_servers_fault(start, monkeypatch, value):
-    monkeypatch.setattr(models, "load_tokenizer", lambda name: Letters())
-    wrong = tops(*PREFIX, ("No", {"No": 0.3, "Yes": 0.5}))
-    wrong["content"][-1]["top_logprobs"][0]["logprob"] = value
-    right = tops(*PREFIX, ("No", {"No": 0.3, "Yes": 0.5}))
-    server = start(lambda body: chat(NO, logprobs=right if len(server.posts) > 2 else wrong))
-    engine = OpenAIEngine("toy", server.url, retries=2)
-    [reply] = answers(engine, [forced()])
-    assert normalise(reply.logprobs) == pytest.approx([5 / 8, 3 / 8]) and engine.retried == 2
-    server.rule = lambda body: chat(NO, logprobs=wrong)
-    with pytest.raises(ConnectionError, match="sends what is no reply: a log-probability is not a number"):
-        answers(engine, [forced()])
-
-
-def test_a_fault_does_not_change_how_options_are_scored(start, monkeypatch):
-    monkeypatch.setattr(models, "load_tokenizer", lambda name: Letters())
-
-    def rule(body):
-        answer = echo(body)
-        if len(server.posts) in (1, 4):
-            answer["choices"][0]["logprobs"]["token_logprobs"][-2] = math.nan
-        return answer
-
-    server = start(rule)
-    server.faults.extend([None, "garbage"])
-    [reply] = answers(OpenAIEngine("toy", server.url, tokenizer="letters"), [forced()])
-    assert (reply.finish_reason, len(server.posts)) == ("scored", 5)
-    assert reply.logprobs == pytest.approx((-0.1 * len(YES), -0.1 * len(NO)))
 
 
 def converse(rounds):
@@ -247,7 +124,7 @@ CONTEXT = [
 
 
 @pytest.mark.parametrize(("status", "words"), CONTEXT)
-def test_a_chat_too_long_for_the_context_is_answered_so_and_the_others_go_on(start, tmp_path, status, words):
+def test_a_chat_too_long_for_the_context_is_answered_so_and_the_others_go_on(start, status, words):
     error = words if isinstance(words, dict) else {"message": words, "type": "BadRequestError", "code": status}
 
     def rule(body):
