@@ -1,5 +1,6 @@
 """Figures: each function draws on an ``ax`` and returns it; nothing here computes a statistic."""
 
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -25,24 +26,27 @@ def set_style() -> None:
 def round_curves(ax: Axes, rates: pd.DataFrame, *, title: str, label: str, dashed: bool = False) -> Axes:
     """Rate by round in percent, a line an arm, with the 95 % interval as a band (`stats.rate_table`'s columns).
 
-    ``rates`` without low and high (published values) is drawn without bands.
+    ``rates`` without low and high (published values) is drawn without bands. A single round has bars, side by side.
     """
-    for arm, group in rates.groupby("arm", sort=True):
+    rounds = sorted(rates["round"].unique())
+    for place, (arm, group) in enumerate(rates.groupby("arm", sort=True)):
         colour, marker = STYLES[arm]
         line = "--" if dashed else "-"
-        ax.plot(group["round"], 100 * group["rate"], color=colour, marker=marker, linestyle=line, label=NAMES[arm])
+        x = group["round"].astype(float) + (0.05 * place if len(rounds) == 1 else 0)
+        ax.plot(x, 100 * group["rate"], color=colour, marker=marker, linestyle=line, label=NAMES[arm])
         if "low" in group:
-            ax.fill_between(
-                group["round"].astype(float),
-                100 * group["low"],
-                100 * group["high"],
-                color=colour,
-                alpha=0.15,
-                linewidth=0,
-            )
-    ax.set(title=title, xlabel="round", ylabel=label, xticks=sorted(rates["round"].unique()))
+            ends = 100 * group["low"], 100 * group["high"]
+            if len(rounds) == 1:
+                ax.vlines(x, *ends, color=colour, alpha=0.5)
+            else:
+                ax.fill_between(x, *ends, color=colour, alpha=0.15, linewidth=0)
+    if rates["rate"].isna().all():
+        ax.text(0.5, 0.5, "no valid decision", transform=ax.transAxes, ha="center", va="center", color="0.3")
+    ax.set(title=title, xlabel="round", ylabel=label, xticks=rounds[:: math.ceil(len(rounds) / 10)])
     # A little room, so that marks at 0 and 100 are whole.
     ax.set(ylim=(-3, 103), yticks=range(0, 101, 20))
+    margin = 0.05 * (rounds[-1] - rounds[0]) or 0.5
+    ax.set_xlim(rounds[0] - margin, rounds[-1] + margin)
     ax.legend(title=None, loc="best", frameon=True)
     return ax
 
@@ -56,7 +60,7 @@ def first_last(ax: Axes, decisions: pd.DataFrame, *, title: str) -> Axes:
     ax.scatter(means.iloc[:, 0], means.iloc[:, -1], color=colour, marker=marker, alpha=0.8)
     first, last = means.columns[0], means.columns[-1]
     ax.set(title=title, xlabel=f"P(deviate), round {first}", ylabel=f"P(deviate), round {last}")
-    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), box_aspect=1)
     return ax
 
 

@@ -69,26 +69,32 @@ def rate_table(
 def drift_table(decisions: pd.DataFrame, value: str = "deviated", cluster: str = "environment") -> pd.DataFrame:
     """Last round's rate minus the first's by model and arm, with a 95 % interval paired by cluster.
 
-    This is the erosion that the paper reads off Table 1: positive means that experience moved the agent away
-    from the rule. Columns: model, arm, drift, low, high.
+    This is the change that the paper reads off Table 1: positive means more violations after experience than before
+    it. Columns: model, arm, drift, low, high; NaN where an arm has one round only or no cluster with both.
     """
-    first, last = decisions["round"].min(), decisions["round"].max()
-    keys = ["model", "arm"]
-    before, after = (_cluster_means(decisions[decisions["round"] == r], value, keys, cluster) for r in (first, last))
-    return _differences(after - before, keys, "drift")
+    keys, rows = ["model", "arm"], []
+    for key, group in decisions.groupby(keys, sort=True, observed=True):
+        means = _cluster_means(group, value, ["round"], cluster).unstack("round")
+        first, last = group["round"].min(), group["round"].max()
+        known = first < last and {first, last} <= set(means.columns)
+        rows.append((*key, *_mean_change(means[last] - means[first] if known else [])))
+    return pd.DataFrame(rows, columns=[*keys, "drift", "low", "high"])
 
 
 def benefit_table(decisions: pd.DataFrame, value: str = "deviated", cluster: str = "environment") -> pd.DataFrame:
     """Round-1 rate of each aligned arm minus the base's, with a 95 % interval paired by cluster.
 
-    Negative means that training made the agent keep the rule more often. Columns: model, arm, benefit, low, high.
+    Negative means that training made the agent keep the rule more often. Columns: model, arm, benefit, low, high; NaN
+    where no cluster has both. A model without a base arm has no rows.
     """
-    keys = ["model", "arm"]
-    means = _cluster_means(decisions[decisions["round"] == decisions["round"].min()], value, keys, cluster)
-    wide = means.unstack("arm")
-    aligned = [arm for arm in wide.columns if arm != "base"]
-    changes = wide[aligned].sub(wide["base"], axis=0) if "base" in wide else wide[[]]
-    return _differences(changes.stack().reorder_levels([*keys, cluster]), keys, "benefit")
+    rows = []
+    for model, group in decisions[decisions["round"] == decisions["round"].min()].groupby("model", observed=True):
+        means = _cluster_means(group, value, ["arm"], cluster).unstack("arm")
+        arms = set(group["arm"])
+        for arm in sorted(arms - {"base"}) if "base" in arms else []:
+            known = {arm, "base"} <= set(means.columns)
+            rows.append((model, arm, *_mean_change(means[arm] - means["base"] if known else [])))
+    return pd.DataFrame(rows, columns=["model", "arm", "benefit", "low", "high"])
 
 
 def _cluster_means(decisions: pd.DataFrame, value: str, keys: list[str], cluster: str) -> pd.Series:
@@ -96,12 +102,10 @@ def _cluster_means(decisions: pd.DataFrame, value: str, keys: list[str], cluster
     return valid.groupby([*keys, cluster], observed=True)[value].mean().astype(float)
 
 
-def _differences(changes: pd.Series, keys: list[str], name: str) -> pd.DataFrame:
-    rows = []
-    for key, group in changes.dropna().groupby(level=keys):
-        low, high = cluster_interval(group, np.ones(len(group)), proportion=False)
-        rows.append((*key, float(group.mean()), low, high))
-    return pd.DataFrame(rows, columns=[*keys, name, "low", "high"])
+def _mean_change(changes: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of the changes that are known, with its interval over clusters."""
+    known = pd.Series(changes, dtype=float).dropna()
+    return float(known.mean()), *cluster_interval(known, np.ones(len(known)), proportion=False)
 
 
 def percent(rate: float, low: float | None = None, high: float | None = None) -> str:
@@ -112,14 +116,18 @@ def percent(rate: float, low: float | None = None, high: float | None = None) ->
     return text if low is None or pd.isna(low) else f"{text} [{100 * low:z.1f}, {100 * high:z.1f}]"
 
 
+def by_round(cells: pd.DataFrame, index: Sequence[str], values: str = "cell") -> pd.DataFrame:
+    """One row an ``index``, one column ``r=N`` a round in the rounds' order; an en dash where a round has no value."""
+    wide = cells.pivot(index=list(index), columns="round", values=values)
+    wide = wide.rename(columns="r={}".format).rename_axis(columns=None)
+    return wide.astype(object).where(wide.notna(), "–") if wide.isna().to_numpy().any() else wide
+
+
 def round_columns(table: pd.DataFrame, by: Sequence[str] = ("model", "arm")) -> pd.DataFrame:
     """A `rate_table` in the paper's layout: one row a ``by``, ``rate [low, high]`` a round, in percent."""
-    cells = table.assign(
-        cell=[percent(*row) for row in table[["rate", "low", "high"]].itertuples(index=False)],
-        round="r=" + table["round"].astype(str),
-    )
-    wide = cells.pivot(index=list(by), columns="round", values="cell")
+    cells = [percent(*row) for row in table[["rate", "low", "high"]].itertuples(index=False)]
+    wide = by_round(table.assign(cell=cells), by)
     facts = table.groupby(list(by)).agg(n=("n", "min"), invalid=("invalid", "mean"))
     wide.insert(0, "n a round", facts["n"])
-    wide.insert(1, "invalid %", (100 * facts["invalid"]).round(1))
-    return wide.rename_axis(columns=None)
+    wide.insert(1, "invalid %", (100 * facts["invalid"].astype(float)).round(1))
+    return wide

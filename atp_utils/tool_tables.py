@@ -1,7 +1,7 @@
 """Table 2 of the paper (Section 3.1.2), ours beside the published one: tool usage, accuracy and cost by round and arm.
 
-Intervals resample problem families (`stats.cluster_interval`), given the agents that were run: what one agent's history
-does to all of its answers is seen from other seeds and agents, not from these intervals.
+Intervals resample problem families (`stats.cluster_interval`), given the agents that were run. All problems of an agent
+share one history, so the agents are the units of what experience does; these intervals are too narrow for that.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from atp_utils import resolve, stats
+from atp_utils import folders, resolve, stats
 from atp_utils.journal import DECISIONS, MANIFEST
 
 PAPER = Path("data/paper/table2_tool_use.csv")
@@ -41,9 +41,7 @@ def paper_columns() -> pd.DataFrame:
     """The published Table 2 in the form of `table2`, in percent."""
     names = {"usage": "tool usage, complex", "accuracy": "accuracy, complex"}
     tidy = paper_table2().rename(columns=names).melt(KEYS, names.values(), var_name="measure", value_name="percent")
-    tidy["round"] = "r=" + tidy["round"].astype(str)
-    wide = tidy.pivot(index=["model", "arm", "measure"], columns="round", values="percent")
-    return (100 * wide).round(1).rename_axis(columns=None)
+    return (100 * stats.by_round(tidy, ["model", "arm", "measure"], "percent")).round(1)
 
 
 def on_grid(percent: float, cells: int = GRID) -> bool:
@@ -125,12 +123,10 @@ def table2(decisions: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     cells = pd.concat(parts, ignore_index=True)
     index = ["model", "arm", "measure"]
-    wide = cells.pivot(index=index, columns="round", values="cell")
+    wide = stats.by_round(cells, index)
     wide.insert(0, "n a round", cells.groupby(index)["n"].first())
     order = {name: place for place, name in enumerate(cells["measure"].unique())}
-    return wide.sort_index(key=lambda level: level.map(order) if level.name == "measure" else level).rename_axis(
-        columns=None
-    )
+    return wide.sort_index(key=lambda level: level.map(order) if level.name == "measure" else level)
 
 
 def _labelled(table: pd.DataFrame, name: str, shown) -> pd.DataFrame:
@@ -138,7 +134,7 @@ def _labelled(table: pd.DataFrame, name: str, shown) -> pd.DataFrame:
     if not table["n"].any():
         return table.iloc[:0]
     cells = [shown(*row) for row in table[["rate", "low", "high"]].itertuples(index=False)]
-    return table[[*KEYS, "n"]].assign(measure=name, cell=cells, round="r=" + table["round"].astype(str))
+    return table[[*KEYS, "n"]].assign(measure=name, cell=cells)
 
 
 def drift(decisions: pd.DataFrame, measure: str = "tool usage") -> pd.DataFrame:
@@ -152,11 +148,11 @@ def drift(decisions: pd.DataFrame, measure: str = "tool usage") -> pd.DataFrame:
 
 def drift_columns(decisions: pd.DataFrame) -> pd.DataFrame:
     """`drift` of usage, P(tool) where recorded, and accuracy: one row a model and arm, ``points [95 % interval]``."""
-    columns = {}
+    columns, known = {}, problem_table(decisions).notna().any()
     for measure in ("tool usage", "P(tool)", "accuracy"):
         table = drift(decisions, measure)
         cells = [stats.percent(*row) for row in table[["drift", "low", "high"]].itertuples(index=False)]
-        if cells:
+        if known[MEASURES[measure]]:
             columns[measure] = pd.Series(cells, index=pd.MultiIndex.from_frame(table[["model", "arm"]]))
     return pd.DataFrame(columns)
 
@@ -171,24 +167,25 @@ def agent_spread(decisions: pd.DataFrame, measure: str = "tool usage") -> pd.Dat
     means = rows.groupby([*KEYS, "seed", "agent"], observed=True)[MEASURES[measure]].mean().astype(float)
     ends = means.groupby(level=list(KEYS)).agg(["count", "min", "max"]).reset_index()
     cells = [f"{100 * low:.1f}-{100 * high:.1f}" for low, high in zip(ends["min"], ends["max"], strict=True)]
-    wide = ends.assign(cell=cells, round="r=" + ends["round"].astype(str)).pivot(
-        index=["model", "arm"], columns="round", values="cell"
-    )
+    wide = stats.by_round(ends.assign(cell=cells), ["model", "arm"])
     wide.insert(0, "agents", ends.groupby(["model", "arm"])["count"].max())
-    return wide.rename_axis(columns=None)
+    return wide
 
 
 def tool_events(results: Path) -> pd.DataFrame:
     """What was wrong with calls and answers, summed over a results folder's tool-use runs (`tool_calls.Tally`).
 
-    Rows: event; columns: (arm, simple or complex) counts. Empty where no manifest holds any.
+    Rows: (model, event); columns: (arm, simple or complex) counts. Empty where no manifest holds any.
     """
     rows = []
-    for path in sorted(Path(results).rglob(MANIFEST)):
+    for path in folders.below(Path(results), MANIFEST):
         facts = json.loads(path.read_text(encoding="utf-8"))
         if "tool_events" in facts and (path.parent / DECISIONS).is_file():
-            rows += [{"arm": facts["settings"]["arm"], **event} for event in facts["tool_events"]]
+            [model] = pd.read_parquet(path.parent / DECISIONS, columns=["model"])["model"].unique()
+            rows += [{"model": model, "arm": facts["settings"]["arm"], **event} for event in facts["tool_events"]]
     if not rows:
         return pd.DataFrame()
-    counts = pd.DataFrame(rows).pivot_table(index="event", columns="arm", values=["simple", "complex"], aggfunc="sum")
+    counts = pd.DataFrame(rows).pivot_table(
+        index=["model", "event"], columns="arm", values=["simple", "complex"], aggfunc="sum"
+    )
     return counts.swaplevel(axis=1).sort_index(axis=1).fillna(0).astype(int)

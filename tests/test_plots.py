@@ -28,6 +28,21 @@ def test_curves_show_percent_and_bands(ax):
     assert low < 0 and high > 100
 
 
+def test_a_single_round_has_its_interval(ax):
+    rates = pd.DataFrame({"arm": ["base", "dpo"], "round": 1, "rate": 0.25, "low": 0.1, "high": 0.3})
+    plots.round_curves(ax, rates, title="t", label="%")
+    ends = [bar.get_segments()[0][:, 1].tolist() for bar in ax.collections]
+    assert ends == [[10, 30], [10, 30]] and ax.get_xticks().tolist() == [1]
+
+
+def test_no_valid_decision_is_said(ax):
+    rates = pd.DataFrame({"arm": "dpo", "round": [1, 2], "rate": float("nan"), "low": None, "high": None}).astype(
+        {"low": float, "high": float}
+    )
+    plots.round_curves(ax, rates, title="t", label="%")
+    assert [text.get_text() for text in ax.texts] == ["no valid decision"] and ax.get_xlim() == (0.95, 2.05)
+
+
 def test_an_empty_cell_is_hatched_and_never_coloured(ax):
     cells = pd.DataFrame(
         {"threshold": [2, 2, 4, 4], "incentive_ratio": [1.0, 4.0] * 2, "n": [8, 3, 5, 0], "rate": [0, 1, 0.5, None]}

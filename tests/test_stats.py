@@ -69,6 +69,31 @@ def test_drift_is_paired_by_environment():
     assert (drift["drift"], drift["low"], drift["high"]) == (0.5, 0, 1)
 
 
+def test_what_cannot_be_compared_is_kept_without_a_value():
+    # One round only; an arm without a valid decision in the last round.
+    one = stats.drift_table(frame(("a", 1, True), ("b", 1, False)))
+    lost = stats.drift_table(frame(("a", 1, True), ("a", 2, None)))
+    for table in (one, lost):
+        assert table["arm"].tolist() == ["base"] and table[["drift", "low", "high"]].isna().all(axis=None)
+    both = pd.concat([frame(("a", 1, True)), frame(("a", 1, None)).assign(arm="dpo")])
+    table = stats.benefit_table(both)
+    assert table["arm"].tolist() == ["dpo"] and table["benefit"].isna().all()
+    assert stats.benefit_table(both.assign(arm="dpo")).empty
+
+
+def test_models_and_arms_have_rounds_of_their_own():
+    short = frame(("a", 1, False), ("a", 2, True), ("b", 1, False), ("b", 2, False))
+    long = frame(*[("a", number, False) for number in (1, 2, 3)]).assign(model="n")
+    table = stats.drift_table(pd.concat([short, long])).set_index("model")
+    assert table["drift"].to_dict() == {"m": 0.5, "n": 0}
+
+
+def test_rounds_are_columns_in_their_order():
+    cells = pd.DataFrame({"arm": "a", "round": [10, 2, 1], "cell": ["x", "y", "z"]})
+    wide = stats.by_round(pd.concat([cells, cells.iloc[:1].assign(arm="b")]), ["arm"])
+    assert list(wide.columns) == ["r=1", "r=2", "r=10"] and wide.loc["b"].tolist() == ["–", "–", "x"]
+
+
 def test_benefit_compares_the_first_round_with_the_base_arm():
     base = frame(("a", 1, True), ("b", 1, True), ("a", 2, False), ("b", 2, False))
     dpo = frame(("a", 1, False), ("b", 1, True), ("a", 2, True), ("b", 2, True)).assign(arm="dpo")

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from atp_utils import tipping
+from atp_utils.engine import Reply
 
 
 def table(*episodes, threshold=4, rho=1.0, arm="base", start=0):
@@ -45,27 +46,25 @@ def test_recollusion_after_success():
     assert found.loc[6, "n"] == 0 and math.isnan(found.loc[6, "rate"])
 
 
-def test_the_effect_of_success_is_paired_by_game():
-    # g0: success, 4 -> 6 (+.25), and failure at k = 6, 4 -> 2 (-.25): effect .5. g1: 4 -> 4 and 4 -> 4: effect 0.
-    # g2 has successes only and is left out.
-    decisions = pd.concat([table([4, 6], [4, 4], [4, 8]), table([4, 2], [4, 4], threshold=6)])
-    found = tipping.success_effect(decisions).iloc[0]
-    assert (found["games"], found["effect"], found["low"], found["high"]) == (2, 0.25, 0, 0.5)
-
-
-def test_the_tipping_share_separates_rises_from_falls():
-    # Falls at 1 and 3 of 8, rises at 4 and 6 of 8: any cut between 3/8 and 4/8; an unchanged one is left out.
-    found = tipping.tipping_share(table([1, 0], [3, 2], [4, 5], [6, 8], [5, 5])).iloc[0]
-    assert (found["n"], found["share"], found["agreement"], found["majority"]) == (4, 3.5 / 8, 1.0, 0.5)
-    # The reverse order agrees with no cut better than the majority does.
-    found = tipping.tipping_share(table([1, 2], [6, 5], [7, 6])).iloc[0]
-    assert found["agreement"] <= found["majority"]
-    found = tipping.tipping_share(table([1, 2], [6, 7])).iloc[0]
-    assert math.isnan(found["share"]) and found["majority"] == 1
-
-
 def test_cascades():
     # A cascade: 4 -> 8; all the time 8; 5 -> 6. None: a fall to success, a rise to failure, no change.
     episodes = [[4, 6, 8], [8, 8, 8], [5, 4, 6], [6, 6, 5], [1, 2, 3], [5, 5, 5]]
     found = tipping.cascade_table(table(*episodes)).iloc[0]
     assert (found["n"], found["rate"]) == (6, 0.5)
+
+
+def test_the_case_study_is_the_steepest_rise_of_the_most_aligned_arm():
+    base, dpo = table([1, 8]), table([4, 5], [2, 6], [1, 5], arm="dpo").assign(environment="g0")
+    decisions = pd.concat([base, dpo])
+    case = tipping.case_study(decisions, "g0")
+    # Rises of 1, 4 and 4 of 8 agents: the first of the two steepest.
+    assert set(case["item"]) == {"i1-4"} and set(case["arm"]) == {"dpo"} and len(case) == 16
+    assert tipping.case_study(decisions, "another game").empty
+
+
+def test_excerpts_are_the_ends_of_what_was_written():
+    decisions = table([1, 8]).assign(reply="r", p_deviate=pd.NA)
+    replies = {"r": Reply("I think that\n all will share.", 1, 1, "stop")}
+    lines = tipping.excerpts(decisions, replies, agents=1, characters=15)
+    assert lines == ["round 1, agent 0: ...all will share.", "round 2, agent 0: ...all will share."]
+    assert tipping.excerpts(decisions.assign(p_deviate=0.5), replies) == []

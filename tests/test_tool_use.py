@@ -688,7 +688,7 @@ def decision(item, family, number, policy, correct, **more):
         deviated=policy == "direct" if hard and policy else None, valid=policy is not None, attempts=1,
         reward={"tool": -3.0, "direct": -1.0, None: None}[policy], capital=0.0,
         tool_used=policy == "tool" if policy else None, correct=correct, prompt_tokens=0, completion_tokens=0,
-        reply="", **more,
+        reply="", replies="", **more,
     )  # fmt: skip
 
 
@@ -770,7 +770,8 @@ def test_events_are_summed_over_runs(tmp_path, frame):
             events = [{"event": "tool: ok", "simple": 1, "complex": count, "example": "print(1)"}]
             journal.finish(frame, identity="i", settings={"arm": arm}, tool_events=events)
     table = tool_tables.tool_events(tmp_path)
-    assert table.loc["tool: ok", ("base", "complex")] == 2 and table.loc["tool: ok", ("dpo", "complex")] == 5
+    counts = table.loc[("m", "tool: ok")]
+    assert counts["base", "complex"] == 2 and counts["dpo", "complex"] == 5
     assert tool_tables.tool_events(tmp_path / "nowhere").empty
 
 

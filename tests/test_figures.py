@@ -1,0 +1,278 @@
+"""Whatever a profile can leave out or make odd, tables and figures show the rest, each under its model's name."""
+
+import json
+import shutil
+from itertools import combinations, product
+from math import exp, log
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import papermill
+import pytest
+
+from atp_utils import ROOT, figures, plots, records, resolve, stats, tables, tipping, tool_tables
+from atp_utils.decisions import Decision, to_frame
+from atp_utils.engine import Reply
+
+RESULTS = resolve("data/results/laptop/evolution")
+MODELS = ("Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct")
+NONE = (float("nan"), float("nan"))
+SCENARIOS = ("role_play", "tool_use", "collusion")
+SCENARIO = {"role_play": "role_play", "role_play_environments": "role_play", "tool_use": "tool_use"}
+
+
+def subsets(names):
+    return [chosen for size in range(1, len(names) + 1) for chosen in combinations(names, size)]
+
+
+def run(scenario, *, exact=True, rounds=2, items=4, thresholds=(2, 4), ratios=(0.5, 1.0), agents=2, valid=True,
+        games=("information_sharing", "auction_bidding")):  # fmt: skip
+    """Decisions of one arm, some of each outcome; every field as the scenario records it."""
+    rows = []
+
+    def add(item, environment, agent, number, **more):
+        deviated = (len(rows) + number) % 3 == 0 if valid else None
+        choice = None if not valid else "direct" if deviated else "tool"
+        rows.append(
+            Decision(
+                scenario=scenario, seed=0, item=item, environment=environment, agent=agent, round=number,
+                choice=choice, deviated=deviated, valid=valid, attempts=1, reward=-1.0 if valid else None, capital=1.0,
+                prompt_tokens=1, completion_tokens=1, reply=f"{item}-{agent}-{number}",
+                replies="",
+                **({"p_deviate": 0.1 + 0.7 * bool(deviated) if exact else None} | more),
+            )
+        )  # fmt: skip
+
+    for number in range(1, rounds + 1):
+        if scenario == "role_play":
+            for item in range(items):
+                add(f"i{item}", f"e{item % 2}", 0, number)
+        elif scenario == "tool_use":
+            for item in range(items):
+                add(f"complex-{item}", f"f{item % 2}", 0, number, correct=[True, False, None][item % 3])
+            add("simple-0", "s", 0, number, correct=valid, p_deviate=None)
+        else:
+            for game, k, ratio, agent in product(games, thresholds, ratios, range(agents)):
+                succeeded = number > 1 and valid
+                add(f"{game}-{k}-{ratio}", game, agent, number, threshold=k, incentive_ratio=ratio, succeeded=succeeded)
+    return rows
+
+
+def record(scenarios=SCENARIOS, arms=("base",), models=MODELS[:1], **odd):
+    parts = [to_frame(run(name, **odd), model=m, arm=a) for name, m, a in product(scenarios, models, arms)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def all_tables(decisions):
+    """Every table of the notebooks and the report, by name, with the scenario that it is about."""
+    role_play, tool_use, games = (decisions[decisions["scenario"] == name] for name in SCENARIOS)
+    return {
+        ("role_play", "table 1"): stats.round_columns(stats.rate_table(role_play)),
+        ("role_play", "drift"): tables.drift(role_play),
+        ("role_play", "benefit"): tables.benefit(role_play),
+        ("role_play", "position"): records.position_table(role_play, replies(role_play)),
+        ("tool_use", "table 2"): tool_tables.table2(tool_use),
+        ("tool_use", "drift"): tool_tables.drift_columns(tool_use),
+        ("tool_use", "spread"): tool_tables.agent_spread(tool_use),
+        ("tool_use", "spread of P"): tool_tables.agent_spread(tool_use, "P(tool)"),
+        ("tool_use", "position"): records.position_table(tool_use, replies(tool_use)),
+        ("collusion", "rates"): tables.collusion(games),
+        ("collusion", "spread"): tables.spread(games),
+        ("collusion", "cascades"): tipping.cascade_table(games).set_index(["model", "arm", "threshold"]),
+        ("collusion", "position"): records.position_table(games, replies(games)),
+    }
+
+
+def replies(decisions):
+    """Forced-choice replies in which the deviant option stood first, and both answers have a probability of a half."""
+    known = decisions[decisions["p_deviate"].notna()]
+    return {
+        row.reply: Reply("", 1, 1, "stop", (log(row.p_deviate / 2), log((1 - row.p_deviate) / 2)))
+        for row in known.itertuples()
+    }
+
+
+def rows_of(decisions, name):
+    return decisions[decisions["scenario"] == SCENARIO.get(name, "collusion")]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    # Intervals are tested elsewhere; hundreds of bootstraps would take most of the time here.
+    monkeypatch.setattr(stats, "cluster_interval", lambda totals, counts, **_: (0.25, 0.75) if len(totals) else NONE)
+    plots.set_style()
+    yield
+    plt.close("all")
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["choose", "reason"])
+@pytest.mark.parametrize("models", [MODELS[:1], MODELS], ids=len)
+@pytest.mark.parametrize("arms", subsets(stats.ARMS), ids="-".join)
+def test_any_arms_of_any_models(arms, models, exact):
+    decisions = record(arms=arms, models=models, exact=exact)
+    for (_, name), table in all_tables(decisions).items():
+        shown = {row[:2] for row in table.index}
+        expected = set(product(models, arms))
+        if name == "benefit":
+            expected = {pair for pair in expected if pair[1] != "base" and "base" in arms}
+        if not exact and name in ("position", "spread of P"):
+            expected = set()
+        assert shown == expected, name
+    for name, model in product(figures.FIGURES, models):
+        rows = rows_of(decisions, name)
+        figure = figures.FIGURES[name](rows[rows["model"] == model])
+        if name == "role_play_environments" and not exact:
+            assert figure is None
+            continue
+        assert model in figure.get_suptitle().replace("\n", "")
+        said = {text.get_text() for text in figure.findobj(matplotlib.text.Text)}
+        named = {plots.NAMES[arm] for arm in (arms[-1:] if name == "case_study" else arms)}
+        assert all(any(text.startswith(arm) for text in said) for arm in named), name
+        plt.close(figure)
+
+
+@pytest.mark.parametrize("scenarios", subsets(SCENARIOS), ids="-".join)
+def test_any_scenarios(scenarios, tmp_path):
+    decisions = record(scenarios)
+    for (scenario, name), table in all_tables(decisions).items():
+        expected = scenario in scenarios and name != "benefit"
+        assert bool(len(table)) == expected, (scenario, name)
+    drawn = [path for name in figures.FIGURES for path in figures.draw(rows_of(decisions, name), name, tmp_path)]
+    expected = {name for name in figures.FIGURES if SCENARIO.get(name, "collusion") in scenarios}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}_Qwen--Qwen3-8B.{kind}" for name in expected for kind in ("png", "svg")
+    }
+    assert len(drawn) == 2 * len(expected)
+
+
+ODD = {
+    "one round": {"rounds": 1},
+    "many rounds": {"rounds": 12, "thresholds": (2,), "ratios": (1.0,), "agents": 1},
+    "one item": {"items": 1},
+    "one threshold": {"thresholds": (3,)},
+    "nine thresholds": {"thresholds": range(1, 10)},
+    "one payoff": {"ratios": (4.0,)},
+    "no ratio of 1": {"ratios": (0.25, 2.0)},
+    "no information sharing": {"games": ("auction_bidding",)},
+    "nothing valid": {"valid": False, "exact": False},
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ODD)
+def test_odd_settings(name):
+    decisions = record(arms=("base", "grpo"), **ODD[name])
+    every = all_tables(decisions)
+    missing = {"position", "spread of P"} if name == "nothing valid" else set()
+    # Without a policy there is no usage to spread, without a valid decision no mean of a factor.
+    missing |= {"spread"} if name == "nothing valid" else set()
+    assert {key[1] for key, table in every.items() if not len(table)} == missing
+    none = {"one round": {"role_play_environments", "recollusion"}, "no information sharing": {"case_study"}}
+    none["nothing valid"] = {"role_play_environments"}
+    for drawing, function in figures.FIGURES.items():
+        figure = function(rows_of(decisions, drawing))
+        assert (figure is None) == (drawing in none.get(name, set())), drawing
+        if figure is not None:
+            figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize(("ratios", "drawn"), [((0.5, 1.0), 1), ((0.25, 2.0, 8.0), 2)])
+def test_figure_3_says_which_incentive_it_shows(ratios, drawn):
+    figure = figures.collusion(rows_of(record(ratios=ratios), "collusion"))
+    assert figure.get_suptitle().startswith(f"Collusion at incentive ratio {drawn}:")
+
+
+def test_one_round_has_no_drift():
+    assert tables.drift(rows_of(record(rounds=1), "role_play")).to_numpy().tolist() == [["–", "–"]]
+    assert set(tool_tables.drift_columns(rows_of(record(rounds=1), "tool_use")).to_numpy().flat) == {"–"}
+
+
+def test_rounds_are_in_order_in_every_table():
+    for key, table in all_tables(record(rounds=11)).items():
+        rounds = [int(name[2:]) for name in map(str, table.columns) if name.startswith("r=")]
+        assert rounds == sorted(rounds), key
+
+
+def test_arms_of_unequal_length():
+    # A model's own entry in a profile may give it other rounds; none is dropped, none pooled with another.
+    short = record(("role_play", "collusion"), arms=("base",), rounds=1)
+    decisions = pd.concat([short, record(("role_play", "collusion"), arms=("dpo",), rounds=3)])
+    role_play = rows_of(decisions, "role_play")
+    table = stats.round_columns(stats.rate_table(role_play))
+    assert table.loc[(MODELS[0], "base"), ["r=2", "r=3"]].tolist() == ["–", "–"]
+    drift = tables.drift(role_play)["P(deviate)"]
+    assert drift[(MODELS[0], "base")] == "–" and drift[(MODELS[0], "dpo")] != "–"
+    assert figures.collusion_grid(rows_of(decisions, "collusion")) is not None
+
+
+@pytest.mark.parametrize("model", [*MODELS, "/home/someone/$models/a_long/path_to_a_model/that/goes_on/checkpoint-12"])
+@pytest.mark.parametrize("arms", [("base",), stats.ARMS], ids=len)
+def test_titles_fit_and_do_not_overlap(arms, model):
+    decisions = record(arms=arms, models=(model,))
+    for name, function in figures.FIGURES.items():
+        figure = function(rows_of(decisions, name))
+        figure.canvas.draw()
+        seen = [ax for ax in figure.axes if ax.axison]
+        words = [figure._suptitle, *(word for ax in seen for word in (ax.title, ax.xaxis.label, ax.yaxis.label))]
+        boxes = [word.get_window_extent() for word in words if word.get_text()]
+        page = figure.bbox.padded(1)
+        assert all(page.contains(*corner) for box in boxes for corner in (box.min, box.max)), name
+        assert not any(one.overlaps(other) for one, other in combinations(boxes, 2)), name
+        plt.close(figure)
+
+
+def test_the_place_of_the_deviant_option_by_hand():
+    # Mass .8 of both answers; P(deviate) .75 with the deviant option first, .25 with it second.
+    decisions = record(("role_play",), rounds=1, items=2).assign(p_deviate=[0.75, 0.25])
+    both = tuple(map(log, (0.6, 0.2)))
+    known = {row.reply: Reply("", 1, 1, "stop", both) for row in decisions.itertuples()}
+    table = records.position_table(decisions, known).droplevel(["model", "arm"])
+    assert table["r=1"].to_dict() == {
+        "P(deviate), deviant option first": "75.0",
+        "P(deviate), deviant option second": "25.0",
+        "probability of both answers": "80.0",
+    }
+    assert table["n a round"].tolist() == [1, 1, 2]
+    # No raw reply at hand: nothing is guessed.
+    assert records.position_table(decisions, {}).empty
+
+
+def test_the_recorded_order_is_that_of_the_prompts():
+    # The prompts that the record was made with alternate: of an environment's four items two name either first.
+    replies = records.read_all_replies(RESULTS / "role_play")
+    decisions = pd.read_parquet(RESULTS / "role_play/smollm2-135m/base/decisions.parquet")
+    rows = records.scored_options(decisions, replies)
+    assert len(rows) == len(decisions) and (rows.groupby("item")["named_first"].nunique() == 1).all()
+    assert (rows.groupby("environment")["named_first"].mean() == 0.5).all()
+    exact = [exp(replies[row.reply].logprobs[1 - row.named_first]) / row.mass for row in rows.itertuples()]
+    assert rows["p_deviate"].tolist() == pytest.approx(exact)
+
+
+def test_figures_of_other_results_are_not_mixed(tmp_path):
+    folder = figures.claim(tmp_path / "figures", tmp_path / "one")
+    (folder / "old.png").touch()
+    assert figures.claim(folder, tmp_path / "one") == folder
+    with pytest.raises(FileExistsError, match="figures"):
+        figures.claim(folder, tmp_path / "two/one")
+    figures.claim(folder, tmp_path / "two/one", overwrite=True)
+    assert not (folder / "old.png").exists()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("book", ["07_heatmaps", "08_figures"])
+def test_the_notebooks_run_on_one_arm_of_one_scenario(tmp_path, book):
+    results, folder = tmp_path / "evolution", tmp_path / "figures"
+    arm = "role_play/smollm2-135m/base"
+    shutil.copytree(RESULTS / arm, results / arm)
+    given = {"results": str(results), "figures": str(folder)}
+    source, out = ROOT / f"notebooks/{book}.ipynb", tmp_path / "out.ipynb"
+    papermill.execute_notebook(source, out, given, progress_bar=False, cwd=ROOT)
+    cells = json.loads(out.read_text())["cells"]
+    assert not [put for cell in cells for put in cell.get("outputs", []) if put.get("name") == "stderr"]
+    drawn = {path.stem for path in folder.iterdir() if path.suffix == ".png"}
+    own = {"role_play_smollm2-135m", "role_play_environments_smollm2-135m"}
+    assert drawn == (own if book == "08_figures" else set())
