@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from atp_utils.engine import DATE, Message, control, defuse
+from atp_utils.parsing import THINKING, prompted_thinking
 
 # transformers hands a template its own clock and no function of ours, so that the fixed one is written in Jinja.
 _DIRECTIVES = ("%-d", "%-m", "%d", "%e", "%b", "%B", "%m", "%Y", "%y", "%a", "%A", "%j", "%H", "%I", "%M", "%S", "%p")
@@ -28,10 +29,10 @@ _SAID = ("Zyxwsystem", "Zyxwuser", "Zyxwassistant", "Zyxwagain")
 _PROBE = tuple(
     {"role": role, "content": said} for role, said in zip(("system", "user", "assistant", "user"), _SAID, strict=True)
 )
-_OPENINGS = re.compile(
-    r"(<(?:think|thinking|thought|reasoning)>|\[THINK\]|<\|channel\|>analysis<\|message\|>)\s*\Z", re.IGNORECASE
-)
-_THINKING_MARKS = re.compile(r"think|thought|reasoning|\A<\|(?:channel|message|start|end)\|>\Z", re.IGNORECASE)
+# What is kept of generated special tokens: marks of thinking, and the pieces that some of these are put together from.
+_MARKS = [mark for pair in THINKING for mark in pair]
+_PIECES = "".join(_MARKS).replace("\\", "") + "<|start|><|end|>"
+_MARK = re.compile("|".join(_MARKS), re.IGNORECASE)
 
 
 def render(tokenizer: Any, messages: Sequence[Message], thinking: bool = False) -> str:
@@ -52,7 +53,7 @@ def render(tokenizer: Any, messages: Sequence[Message], thinking: bool = False) 
     text = _applied(tokenizer, chat, thinking)
     if thinking:
         return text
-    if thinking_opened(text):
+    if prompted_thinking(text):
         raise ValueError(
             f"{tokenizer.name_or_path}: its chat template can't switch thinking off; "
             "take protocol reason with thinking true, or another model"
@@ -83,14 +84,20 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of generated tokens without special ones; the marks of thinking stay, special or not."""
     special = set(tokenizer.all_special_ids)
-    kept = [i for i in ids if i not in special or _THINKING_MARKS.search(tokenizer.convert_ids_to_tokens(i))]
+    kept = [i for i in ids if i not in special or _marks_thinking(tokenizer.convert_ids_to_tokens(i))]
     return tokenizer.decode(kept, skip_special_tokens=False)
 
 
-def thinking_opened(prompt: str) -> str:
-    """The mark of thinking that a rendered prompt ends with and a reply therefore lacks; as a rule ""."""
-    found = _OPENINGS.search(prompt)
-    return found[1] if found else ""
+def _marks_thinking(token: str) -> bool:
+    return bool(_MARK.fullmatch(token)) or (len(token) > 2 and token in _PIECES)
+
+
+def turn_end(tokenizer: Any) -> int:
+    """Id of the token that ends an assistant's turn: the first special one that the template writes behind an answer.
+
+    The tokenizer's own end token where it writes none.
+    """
+    return _turn_end(tokenizer, tokenizer.get_chat_template())
 
 
 def fingerprint(tokenizer: Any) -> str:
@@ -150,6 +157,13 @@ def _marks(tokenizer: Any, template: str) -> frozenset[str]:
     # In front of the first content may stand a system message of the template's own: only its end is a mark.
     written = set([part for part in before if part][-1:]).union(*between)
     return added | {mark for mark in written if len(mark) > 2 and re.search(r"[^\w\s]", mark)}
+
+
+@lru_cache(maxsize=64)
+def _turn_end(tokenizer: Any, template: str) -> int:
+    behind = _applied(tokenizer, _PROBE[1:3], False, prompt=False).partition(_SAID[2])[2]
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    return next((token for token in encode(tokenizer, behind) if token in special), tokenizer.eos_token_id)
 
 
 @lru_cache(maxsize=64)

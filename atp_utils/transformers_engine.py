@@ -16,10 +16,12 @@ import torch
 from transformers import Cache
 
 from atp_utils import models
-from atp_utils.chat_template import common_prefix, decode, encode, render, thinking_opened, tokenised
+from atp_utils.chat_template import common_prefix, decode, encode, render, tokenised, turn_end
+from atp_utils.code_digest import PACKAGE, code_of
 from atp_utils.engine import Reply, Request, collapse, drawn
 from atp_utils.kv_cache import KeptChats, check_attention, context_length, growing_cache
 from atp_utils.next_token import processors
+from atp_utils.parsing import prompted_thinking
 
 
 @dataclass
@@ -62,7 +64,8 @@ class TransformersEngine:
         batch_tokens: int | None = None,
         cache_bytes: float = 6e9,
     ):
-        self.identity = models.identity(name, adapter, dtype)
+        code = code_of(f"{PACKAGE}/transformers_engine.py")
+        self.identity = f"{models.identity(name, adapter, dtype)}|code={code[:16]}"
         config = models.read_config(name)
         check_attention(name, config)
         self.context = context_length(config)
@@ -118,7 +121,7 @@ class TransformersEngine:
             ids = prompt + options[0][:shared]
         else:
             text = render(self.tokenizer, request.messages, request.sampling.thinking)
-            opening, ids, options, shared = thinking_opened(text), encode(self.tokenizer, text), [], 0
+            opening, ids, options, shared = prompted_thinking(text), encode(self.tokenizer, text), [], 0
         tails = [option[shared:] for option in options]
         # What follows the prompt proper is always read anew: its logits are what is wanted.
         kept = self._kept.find(request.messages, ids, len(ids) - shared - 1)
@@ -256,9 +259,11 @@ class TransformersEngine:
         return torch.stack(new, dim=1)
 
     def _stop_ids(self) -> list[int]:
+        """What ends a reply: the end of a turn, and the end tokens of tokenizer and model."""
         configured = self.model.generation_config.eos_token_id
         configured = configured if isinstance(configured, list) else [configured]
-        return sorted({self.tokenizer.eos_token_id, *(token for token in configured if token is not None)})
+        found = {turn_end(self.tokenizer), self.tokenizer.eos_token_id, *configured}
+        return sorted(token for token in found if token is not None)
 
 
 def _kind(request: Request) -> tuple:

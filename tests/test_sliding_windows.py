@@ -1,0 +1,189 @@
+"""Kept prefixes in models whose layers see a window only, against one plain pass of the model over one chat."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import tiny_models
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from atp_utils.chat_template import render, tokenised
+from atp_utils.engine import Request, Sampling
+from atp_utils.kv_cache import check_attention
+from atp_utils.transformers_engine import TransformersEngine
+
+WINDOW = 32
+OPTIONS = ('{"choice": "A"}', '{"choice": "Brimstone"}')
+SHAPE = {key: value for key, value in tiny_models.SIZES.items() if key != "tie_word_embeddings"}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+WINDOWED = {
+    "mistral": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "gemma2": {},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {},
+    "gpt_oss": EXPERTS,
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention"]},
+    "cohere2": {"layer_types": ["sliding_attention", "full_attention"]},
+    "llama": {},
+}
+STATEFUL = ("qwen3_next", "lfm2", "mamba", "mamba2", "jamba", "falcon_h1", "recurrent_gemma", "qwen3_5_text", "zamba2")
+
+
+def save(folder, kind, generation=None, **settings):
+    """A tiny random model of ``kind`` with Qwen3's tokenizer; settings that the kind doesn't have are ignored."""
+    tokenizer = tiny_models._qwen3_tokenizer()
+    tokenizer.chat_template = tiny_models.template("qwen3")
+    marks = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    shape = SHAPE | marks | {"vocab_size": len(tokenizer), "sliding_window": WINDOW} | settings
+    if kind == "llama":
+        del shape["sliding_window"]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape), dtype=torch.float32)
+    if generation:
+        model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, **generation)
+    # transformers refuses to save a model with some of the settings that published ones have.
+    suggested, model.generation_config = model.generation_config, GenerationConfig()
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(suggested.to_diff_dict()))
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@torch.inference_mode()
+def plain_scores(engine, request):
+    prompt, options = tokenised(engine.tokenizer, request.messages, request.options)
+    found = []
+    for option in options:
+        logits = engine.model(torch.tensor([prompt + option]), use_cache=False).logits[0].float().log_softmax(-1)
+        found.append(sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(option)))
+    return found
+
+
+def chat(*turns):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+    return Request("key", messages, 0, OPTIONS)
+
+
+FIRST = [chat("Hi."), chat("Hello there, and so on. " * 6), chat("Hm?")]
+# Kept and new tokens of unequal length, one chat that is new, one that is much longer than the window.
+SECOND = [
+    chat("Hi.", OPTIONS[0], "Once more, please."),
+    chat("Hello there, and so on. " * 6, OPTIONS[1], "And again? " * 20),
+    chat("Hm?", OPTIONS[0], "And? " * 9, OPTIONS[1], "?"),
+    chat("All new. " * 12),
+]
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_later_rounds_are_scored_as_by_a_plain_pass(kind, tmp_path):
+    engine = TransformersEngine(save(tmp_path, kind, **WINDOWED[kind]), dtype=torch.float32)
+    window = getattr(engine.model.config, "sliding_window", None)
+    assert window == (None if kind == "llama" else WINDOW)
+    for requests in (FIRST, SECOND):
+        replies = dict(engine.answer(requests))
+        for index, request in enumerate(requests):
+            assert replies[index].logprobs == pytest.approx(plain_scores(engine, request), abs=1e-4)
+    assert len(engine._kept.chats) == len(FIRST) + len(SECOND)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "gpt_oss"])
+def test_later_rounds_are_written_as_by_a_plain_pass(kind, tmp_path):
+    engine = TransformersEngine(save(tmp_path, kind, **WINDOWED[kind]), dtype=torch.float32)
+    list(engine.answer(FIRST))
+    greedy = [replace(request, options=(), sampling=Sampling(8, temperature=0)) for request in SECOND]
+    replies = dict(engine.answer(greedy))
+    for index, request in enumerate(greedy):
+        ids = engine.tokenizer(render(engine.tokenizer, request.messages, True), add_special_tokens=False)["input_ids"]
+        new = []
+        while len(new) < 8 and not set(new) & set(engine._stop_ids()):
+            with torch.inference_mode():
+                new.append(int(engine.model(torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax()))
+        assert replies[index].text == engine.tokenizer.decode(new, skip_special_tokens=True)
+        assert replies[index].completion_tokens == len(new)
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_models_with_a_running_state_are_refused_by_name(kind):
+    layers = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2} if kind == "lfm2" else {}
+    config = AutoConfig.for_model(kind, **layers)
+    with pytest.raises(ValueError, match=rf"model 'some/model' \({kind}\) has layers with a running state .* server"):
+        check_attention("some/model", config)
+
+
+def test_models_of_attention_layers_pass():
+    for kind in [*WINDOWED, "qwen3", "mixtral", "deepseek_v3"]:
+        check_attention("some/model", AutoConfig.for_model(kind))
+
+
+def test_a_refused_model_is_refused_before_its_weights_are_read(tmp_path):
+    folder = save(tmp_path, "llama")
+    transformers.Qwen3NextConfig().save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"\(qwen3_next\) has layers with a running state"):
+        TransformersEngine(folder)
+
+
+SUGGESTED = [
+    {"repetition_penalty": 3.0, "no_repeat_ngram_size": 2},
+    {"suppress_tokens": list(range(900))},
+    {"forced_eos_token_id": 3, "forced_bos_token_id": 5, "min_new_tokens": 9},
+    {"num_beams": 3, "early_stopping": True},
+    {"stop_strings": ["a", "e"]},
+    {"cache_implementation": "static", "return_dict_in_generate": True, "output_scores": True},
+    {"do_sample": True, "temperature": 0.1, "top_k": 1, "min_p": 0.9, "typical_p": 0.2, "max_length": 3},
+]
+
+
+@pytest.fixture(scope="module")
+def unsuggested(tmp_path_factory):
+    return written(save(tmp_path_factory.mktemp("plain"), "llama"))
+
+
+def written(folder):
+    engine = TransformersEngine(folder, dtype=torch.float32)
+    request = replace(chat("Tell me of rain."), options=())
+    asked = [replace(request, seed=seed, sampling=Sampling(12, temperature=t)) for seed, t in ((0, 0.0), (1, 1.0))]
+    return [reply.text for _, reply in sorted(engine.answer(asked))]
+
+
+@pytest.mark.parametrize("suggested", SUGGESTED, ids=lambda settings: next(iter(settings)))
+def test_what_a_model_suggests_for_generation_changes_nothing(suggested, unsuggested, tmp_path):
+    assert len(set(unsuggested)) == 2
+    assert written(save(tmp_path, "llama", suggested)) == unsuggested
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(12)])
+def test_a_chat_that_does_not_fit_is_answered_so_and_the_others_go_on(sampling, tmp_path):
+    texts = ["Hi.", "Hello there, and so on. " * 8, "Hm?"]
+    engine = TransformersEngine(save(tmp_path, "llama", max_position_embeddings=512), dtype=torch.float32)
+    requests = [
+        chat(text) if sampling is None else replace(chat(text), options=(), sampling=sampling) for text in texts
+    ]
+    lengths = [engine._row(request) for request in requests]
+    needed = [len(row.ids) + (max(map(len, row.tails)) if row.tails else 12) for row in lengths]
+    engine.context = needed[1]
+    assert all(reply.finish_reason != "context" for _, reply in engine.answer(requests))
+    engine.context = needed[1] - 1
+    replies = dict(engine.answer(requests))
+    assert [replies[i].finish_reason == "context" for i in range(3)] == [False, True, False]
+    long = replies[1]
+    assert (long.text, long.completion_tokens, long.logprobs) == ("", 0, None)
+    assert long.prompt_tokens == len(lengths[1].ids) - lengths[1].shared
+    assert replies[0].logprobs is None or all(map(math.isfinite, replies[0].logprobs))
+
+
+def test_the_context_is_what_the_model_was_trained_on(tmp_path):
+    assert TransformersEngine(save(tmp_path / "plain", "llama", max_position_embeddings=77)).context == 77
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    folder = save(
+        tmp_path / "long",
+        "phi3",
+        rope_parameters=rope,
+        max_position_embeddings=400,
+        original_max_position_embeddings=99,
+    )
+    assert TransformersEngine(folder).context == 99
