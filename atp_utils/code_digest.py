@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import nbformat
-from IPython.core.inputtransformer2 import TransformerManager
 
 from atp_utils import resolve, shown
 
@@ -122,5 +121,7 @@ def _tree(source: str) -> ast.Module:
     try:
         return ast.parse(source)
     except SyntaxError:
-        # A cell with a magic is no Python; IPython makes it a call with the magic's text.
+        # A cell with a magic is no Python; IPython, slow to import, makes it a call with the magic's text.
+        from IPython.core.inputtransformer2 import TransformerManager
+
         return ast.parse(TransformerManager().transform_cell(source))

@@ -1,6 +1,6 @@
 """What an episode asks of a language model, what it gets back, and the engines' common ground.
 
-An engine has an ``identity`` (model, adapter, precision: everything but the request that a reply depends on)
+An engine has an ``identity`` (model, adapter, precision, code: everything but the request that a reply depends on)
 and ``answer(requests)``, which yields ``(index, reply)`` as replies arrive, in any order, each index once.
 """
 

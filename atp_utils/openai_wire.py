@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from atp_utils.code_digest import PACKAGE, code_of
 from atp_utils.engine import DATE, Message, Reply, Request, Sampling, defuse, encodable
 
 PROBE = Request("probe", ({"role": "user", "content": "Yes or no?"},), 0, ("Yes", "No"))
@@ -122,9 +123,10 @@ def _plain_name(name: str) -> str:
 
 
 def form(rendered: Any = None) -> str:
-    """Digest of what requests become on the wire (dates, switches, settings), and of what was ``rendered`` here."""
+    """Digest of what requests become on the wire, of the code that reads the replies, and of what was ``rendered``."""
     bodies = [chat_body(request, set()) for request in (PROBE, Request(PROBE.key, PROBE.messages, 0))]
-    return hashlib.sha256(json.dumps([bodies, rendered]).encode()).hexdigest()[:8]
+    code = code_of(f"{PACKAGE}/openai_engine.py")
+    return hashlib.sha256(json.dumps([bodies, code, rendered]).encode()).hexdigest()[:8]
 
 
 def sendable(messages: Sequence[Message]) -> list[Message]:
