@@ -14,9 +14,8 @@ a job. profiles/slurm can change them; profiles/default gives a model job all co
 import json
 import re
 import shlex
-from functools import cache
 
-from atp_utils.code_digest import closure, code_digest
+from atp_utils.code_digest import code_of
 from atp_utils.parameters import ALIGN, EVOLVE, as_folder, check, read_profile, run_folder
 
 PROFILE = str(config.get("profile", "quick"))
@@ -41,13 +40,10 @@ SERVED = check("04_evolve_role_play", {"urls": URLS.split(","), "key_variable": 
 SERVED = given(adapter="", **SERVED) if URLS else ""
 
 
-@cache
 def code(book):
-    """Digest of all code that a notebook runs."""
     # What all scenarios share counts for each. That is cheap: a job whose own scenario hasn't changed replays its
     # replies, or finds its adapter.
-    path = f"notebooks/{book}.ipynb"
-    return code_digest(path, *closure(path))
+    return code_of(f"notebooks/{book}.ipynb")
 
 
 def adapter_manifest(wildcards):

@@ -17,11 +17,12 @@ import pytest
 import yaml
 from tiny_models import FAMILIES, HUB_IDS
 
-from atp_utils import ROOT, align, evolve, journal, models, parameters, scenarios, tool_pairs
+from atp_utils import ROOT, align, evolve, journal, models, parameters, runs, scenarios, tool_pairs
 from atp_utils.engine import Sampling, ScriptedEngine
 from atp_utils.parsing import answer_json
 from atp_utils.protocol import Protocol
 from atp_utils.sandbox import ToolResult
+from atp_utils.transformers_engine import TransformersEngine
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -62,6 +63,10 @@ class Run:
     def adapter(self, scenario, family, method):
         return self.folder / "adapters" / scenario / family / method
 
+    def pairs(self, scenario, family, name):
+        """Where notebook 2 keeps the replies that it makes pairs from."""
+        return runs.Run("02_align_dpo", {}, self.adapter(scenario, family, "dpo")).beside(name)
+
     def evolution(self, scenario, family):
         return self.folder / "evolution" / scenario / family
 
@@ -93,8 +98,8 @@ def readable_reply(run, scenario, family):
         words = "I guess \\boxed{7}." if scenario == "tool_use" else f"So {answer_json(request.key.split('/')[2])}"
         return f"<think>\nHm.\n</think>\n\n{words}"
 
-    engine = ScriptedEngine(rule, identity=models.identity(run.tiny[family]))
-    with journal.Journal(run.adapter(scenario, family, name)) as record:
+    engine = ScriptedEngine(rule, identity=TransformersEngine(run.tiny[family]).identity)
+    with journal.Journal(run.pairs(scenario, family, name)) as record:
         evolve.run_all([episode], engine, record)
         return record.paid
 
@@ -150,7 +155,7 @@ def test_adapters_are_trained_with_the_papers_settings(run, scenario, family, me
 @of_both
 def test_garbage_makes_no_pairs(run, scenario, family):
     name = "samples" if scenario == "tool_use" else "elicited"
-    replies = journal.read_replies(run.adapter(scenario, family, name) / "replies.jsonl")
+    replies = journal.read_replies(run.pairs(scenario, family, name) / "replies.jsonl")
     own = list(replies.values())[run.written[scenario, family] :]
     assert len([reply for reply in own if reply.finish_reason == "length"]) > 0
     assert all(reply.completion_tokens <= 8 for reply in own)
