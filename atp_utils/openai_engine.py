@@ -203,7 +203,8 @@ class OpenAIEngine:
                     model=self.model, messages=wire.sendable(request.messages), extra_body=body
                 )
             except openai.APIStatusError as error:
-                if wire.is_too_long(error.status_code, error.response.text, request.sampling.max_new_tokens):
+                asked = body.get("max_tokens") or body["max_completion_tokens"]
+                if wire.is_too_long(error.status_code, error.response.text, asked):
                     return TOO_LONG
                 named = wire.refused_fields(error.response.text, body) if error.status_code in (400, 422) else set()
                 if not named:

@@ -73,8 +73,8 @@ def test_a_record_of_the_same_model_is_opened_without_its_servers(start, tmp_pat
     for other in (Servers([NOBODY], "other"), Servers([NOBODY], tokenizer="toy")):
         with pytest.raises(ConnectionError):
             open_engine("toy", "role_play", "base", "", other, tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(ConnectionError):  # the replies were to other prompts
-        patch.setattr(openai_wire, "DATE", "1 Jan 2030")
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):  # they were asked in another way
+        patch.setattr(openai_wire, "form", lambda *_: "other")
         open_engine("toy", "role_play", "base", "", Servers([NOBODY]), tmp_path)
     (tmp_path / engines.SERVED).write_text("{")
     with pytest.raises(ValueError, match=r"served\.json: not valid"):
