@@ -60,6 +60,7 @@ _SCIENTIFIC = re.compile(
 _MIXED = re.compile(r"(?P<whole>\d+)\s+(?P<n>\d+)\s*/\s*(?P<d>\d+)", re.ASCII)
 _SLASH = re.compile(rf"(?P<n>{_number('s1')})\s*/\s*(?P<d>-?{_number('s2')})", re.ASCII)
 _PLAIN = re.compile(_number("s1"), re.ASCII)
+_DIGIT = re.compile("[0-9]")
 
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALE = re.compile(rf"[\s{_BREAK}]*({'|'.join(_SCALES)})s?\b", re.IGNORECASE)
@@ -82,9 +83,11 @@ _ALTERING = frozenset(
 )
 
 _BRACE = re.compile(r"\\boxed\s*\{|\\boxed[ \t]*(?=[-+]?\s?(?:\.?\d|\\(?!boxed)[a-zA-Z$]))|\\[{}]|[{}]")
-# What an unbraced box holds ends with the formula, line or sentence. "1. First" begins a list.
+# What an unbraced box holds ends with the formula, line or sentence, and has no words: those are prose around a mention
+# of the command. "1. First" begins a list.
 _UNBRACED = re.compile(
-    r"(?!1\.\s+\S)(?:[^{}$\n\\.]|\.(?!\s|\Z)|\\(?!boxed)[^)\]\n]|\{[^{}]*\})*+(?=[$}\n.]|\\[)\]]|\\boxed|\Z)"
+    r"(?!1\.\s+\S)(?:[^{}$\n\\.a-zA-Z]|[a-zA-Z](?![a-zA-Z])|\.(?!\s|\Z)|\\(?!boxed)(?:[a-zA-Z]+|[^)\]\na-zA-Z])"
+    r"|\{[^{}]*\})*+(?=[$}\n.]|\\[)\]]|\\boxed|\Z)"
 )
 # Below a heading: a formula or code on lines of its own; an item of a list, or the first of several lines of numbers.
 _BLOCK = re.compile(r"(?:\$\$|\\\[|```\w*\n)([^$`]*?)(?:\$\$|\\\]|```)[ \t.]*(?:\Z|\n(?!\s*(?:\$\$|\\\[)))")
@@ -197,7 +200,7 @@ def parse_number(text: str) -> Fraction | None:
     final period, emphasis, LaTeX wrappers; "x = 7", "10 - 3 = 7". Up to 400 characters and exponents up to
     +-400. Never raises on a string.
     """
-    if len(text) > MAX_CHARS:
+    if len(text) > MAX_CHARS or not _DIGIT.search(text):  # most marks in prose: told at once
         return None
     text = _strip_markup(_right_hand_side(_strip_markup(text)))
     text = re.sub(r"^(?:approximately|approx\.?|about|around|roughly)\s", "", text, flags=re.IGNORECASE)
@@ -240,7 +243,8 @@ def _last_line_mark(text: str) -> Fraction | None:
         if mark.lastgroup == "hash":
             value = parse_number(text[mark.end() : mark.end() + MAX_CHARS + 1].partition("\n")[0])
         else:
-            value = parse_number(_statement(text, mark.end()) or "")
+            said = _DIGIT.search(text, mark.end(), mark.end() + MAX_CHARS) and _statement(text, mark.end())
+            value = parse_number(said or "")
         if value is not None or mark.lastgroup in ("line", "heading"):
             return value
     return None

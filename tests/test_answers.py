@@ -128,6 +128,8 @@ REPLIES = {
     r"\boxed 5!": None,
     r"\boxed 1. First": None,
     r"\boxedx 5": None,
+    r"I used \boxed 2 ways.": None,
+    r"$\boxed 5 \text{ apples}$": 5,
     r"\boxed{10^6}": 10**6,
     r"\boxed{10^{-1}}": "0.1",
     r"\boxed{2^{10}}": None,

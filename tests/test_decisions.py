@@ -7,6 +7,7 @@ def test_missing_values_stay_apart_from_false_and_zero():
     row = Decision(
         scenario="role_play", seed=0, item="i", environment="e", agent=0, round=1, choice=None, deviated=None,
         valid=False, attempts=3, reward=None, capital=0, prompt_tokens=1, completion_tokens=2, reply="d",
+        replies="d",
     )  # fmt: skip
     frame = to_frame([row], model="m", arm="base")
     assert list(frame.columns[:3]) == ["model", "arm", "scenario"]

@@ -185,7 +185,7 @@ MARKS = [
 def test_thinking_is_known_by_its_marks(opens, closes):
     assert split_thinking(f"{opens}a b{closes}\nc") == ("a b", "c")
     assert split_thinking(f"a b{closes}c") == ("a b", "c")
-    assert split_thinking(f"{opens}a{opens.strip()}b</tool>{closes}c") == ("ab</tool>", "c")
+    assert split_thinking(f"{opens}a{opens.strip()} b</tool>{closes}c") == ("a b</tool>", "c")
     assert split_thinking(f"c{opens}a b") == ("a b", "c")
     assert ends_thinking(f"c{opens}a b") and not ends_thinking(f"c{opens}a b{closes}d")
     assert parse_choice(f'{opens}{{"choice": "A"}} or', ("A", "B")) is None
