@@ -61,8 +61,9 @@ def holds(folder: Path, name: str = "out") -> dict[str, Any] | None:
         raise NotADirectoryError(f"{shown(folder)} is a file: name a folder by {name}")
     if (folder / MARKER).is_file():
         return read_marker(folder)
-    # A kill may leave half a marker under its temporary name.
-    if folder.is_dir() and any(not entry.name.startswith(f".{Path(MARKER).stem}-") for entry in folder.iterdir()):
+    # A kill may leave half a marker under its temporary name, and another process may just have marked the folder.
+    passing = (MARKER, f".{Path(MARKER).stem}-")
+    if folder.is_dir() and any(not entry.name.startswith(passing) for entry in folder.iterdir()):
         raise FileExistsError(
             f"{shown(folder)} isn't empty and wasn't made by this project (it has no {MARKER}): nothing in it is "
             f"touched; name another folder by {name}"

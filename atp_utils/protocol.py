@@ -111,7 +111,7 @@ def _request(question: Question, protocol: Protocol, attempt: int) -> Request:
 
 def fault_of(reply: Any) -> str:
     """Why a reply without a decision has none, one of `FAULTS`."""
-    return {"length": "cut", "context": "context"}.get(reply.finish_reason, "unreadable")
+    return {"length": "cut", "context": "context"}.get(reply.finish_reason.removeprefix("sampled:"), "unreadable")
 
 
 def _choice(question: Question, reply: Any, protocol: Protocol, before: Choice | None) -> Choice:

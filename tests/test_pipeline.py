@@ -41,7 +41,7 @@ def test_every_arm_is_run_and_recorded(finished):
     test_items = {line.split('"')[3] for line in (RUN / "data/role_play/test.jsonl").read_text().splitlines()}
     assert set(decisions.loc[decisions["scenario"] == "role_play", "item"]) <= test_items
     scenarios = ("role_play", "tool_use", "collusion", "recollusion")
-    drawn = [f"{name}_smollm2-135m" for name in scenarios] + ["case_study"]
+    drawn = [f"{name}_smollm2-135m" for name in (*scenarios, "case_study")]
     for name in (f"{stem}.{kind}" for stem in drawn for kind in ("png", "svg")):
         assert (RUN / "figures" / name).stat().st_size > 500
 
