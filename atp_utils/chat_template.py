@@ -83,9 +83,16 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of generated tokens without special ones; the marks of thinking stay, special or not."""
-    special = set(tokenizer.all_special_ids)
+    special = _special_ids(tokenizer)
     kept = [i for i in ids if i not in special or _marks_thinking(tokenizer.convert_ids_to_tokens(i))]
     return tokenizer.decode(kept, skip_special_tokens=False)
+
+
+@lru_cache(maxsize=64)
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """Those with a name (``eos_token``) and those that are only marked as special."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special}
 
 
 def _marks_thinking(token: str) -> bool:
@@ -162,7 +169,7 @@ def _marks(tokenizer: Any, template: str) -> frozenset[str]:
 @lru_cache(maxsize=64)
 def _turn_end(tokenizer: Any, template: str) -> int:
     behind = _applied(tokenizer, _PROBE[1:3], False, prompt=False).partition(_SAID[2])[2]
-    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    special = _special_ids(tokenizer)
     return next((token for token in encode(tokenizer, behind) if token in special), tokenizer.eos_token_id)
 
 

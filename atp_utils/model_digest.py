@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers.utils import CHAT_TEMPLATE_DIR
+
 from atp_utils import files, memory
 
 # What a folder holds beside a model: papers about it, other libraries' weights, what a training leaves behind. A file
@@ -42,12 +44,9 @@ def _joined(parts: Iterator[tuple[str, str]]) -> str:
 
 def _parts(folder: Path) -> Iterator[Path]:
     weights = set(memory.weights(folder))
-    for path in folder.rglob("*"):
-        inside = path.relative_to(folder).parts
-        # Further templates lie in a folder of their own; whatever else does is another model, or its checkpoints.
-        if not path.is_file() or (len(inside) > 1 and path.suffix != ".jinja"):
-            continue
-        if any(part.startswith(".") for part in inside) or path.suffix in NO_PART or path.stem in NO_PART_NAMES:
+    # Any other folder inside is another model, such as a training's checkpoint.
+    for path in [*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATE_DIR}/*.jinja")]:
+        if not path.is_file() or path.name.startswith(".") or path.suffix in NO_PART or path.stem in NO_PART_NAMES:
             continue
         if path.name not in NO_PART_NAMES and (path.suffix != ".safetensors" or path in weights):
             yield path

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -11,8 +13,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
-from atp_utils import models
+from atp_utils import chat_template, model_digest, models
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,135 @@ def test_a_local_folder_works_in_its_place(embedded, tmp_path):
     shutil.copytree(models.prepare_embedded(), copy)
     assert models.load_tokenizer(str(copy)).chat_template
     assert models.identity(str(copy)).split("|")[1:] == models.identity(embedded).split("|")[1:]
+
+
+@pytest.fixture
+def copied(tiny, tmp_path, monkeypatch):
+    """A copy of a tiny model whose files look old, and what has been hashed of it."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny["qwen3"], folder)
+    for path in folder.iterdir():
+        os.utime(path, (1e9, 1e9))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return folder
+
+
+def noise(folder):
+    """Other weights in a middle layer, deep inside of the file, whose size stays."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if "layers.1.mlp" in name)
+    weights[name] = weights[name] + 0.01
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def edited(name, **changes):
+    def change(folder):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def written(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+CHANGES = {
+    "weights": noise,
+    "rope": edited("config.json", rope_parameters={"rope_theta": 5e5, "rope_type": "default"}),
+    "template": lambda folder: (folder / "chat_template.jinja").open("a").write(" "),
+    "tokenizer": edited("tokenizer_config.json", eos_token="<|im_start|>"),
+    "stop tokens": edited("generation_config.json", eos_token_id=[5]),
+    "added tokens": written("added_tokens.json", '{"<new>": 1001}'),
+}
+NO_CHANGES = {
+    "papers": written("README.md", "# Of a model"),
+    "who wrote it": edited("config.json", transformers_version="0.0", dtype="float16"),
+    "suggested sampling": edited("generation_config.json", temperature=0.123, repetition_penalty=1.05),
+    "other weights": written("pytorch_model.bin", "x"),
+    "a checkpoint": lambda folder: shutil.copytree(folder, folder / "checkpoint-1"),
+    "a training": written("trainer_state.json", "{}"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_reply_depends_on_changes_the_identity(change, copied):
+    before = models.identity(str(copied))
+    assert models.identity(str(copied)) == before
+    CHANGES[change](copied)
+    assert models.identity(str(copied)) != before
+    assert models.load_tokenizer(str(copied)).chat_template == (copied / "chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize("change", NO_CHANGES)
+def test_what_no_reply_depends_on_leaves_the_identity(change, copied):
+    before = models.identity(str(copied))
+    NO_CHANGES[change](copied)
+    assert models.identity(str(copied)) == before
+
+
+def test_large_files_are_hashed_once_and_a_cache_that_cannot_be_written_costs_only_time(copied, tmp_path, monkeypatch):
+    hashed = []
+
+    def sha256(path):
+        hashed.append(path.name)
+        return "0"
+
+    monkeypatch.setattr(model_digest, "sha256", sha256)
+    first = model_digest.folder_digest(copied)
+    assert model_digest.folder_digest(copied) == first and hashed.count("model.safetensors") == 1
+    # What was written a moment ago could change again unseen, and is not remembered.
+    noise(copied)
+    for _ in range(2):
+        model_digest.folder_digest(copied)
+    assert hashed.count("model.safetensors") == 3
+    (tmp_path / "file").touch()
+    os.utime(copied / "model.safetensors", (1e9, 1e9 + 1))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        model_digest.folder_digest(copied)
+    assert hashed.count("model.safetensors") == 5
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"/x": 1}'])
+def test_a_damaged_cache_of_hashes_is_written_anew(content, copied, tmp_path):
+    whole = model_digest.folder_digest(copied)
+    store = tmp_path / "cache/align-then-play/digests.json"
+    assert len(json.loads(store.read_text())) == 1
+    store.write_text(content)
+    assert model_digest.folder_digest(copied) == whole
+    assert str(copied / "model.safetensors") in json.loads(store.read_text())
+
+
+def test_a_hub_model_is_named_by_its_revision_and_its_template(tiny, monkeypatch):
+    tokenizer = models.load_tokenizer(tiny["qwen3"])
+    monkeypatch.setattr(models, "read_config", lambda name: SimpleNamespace(_commit_hash="abc"))
+    monkeypatch.setattr(models, "load_tokenizer", lambda name: tokenizer)
+    before = models.identity("some/model", dtype=torch.float32)
+    assert before.startswith("some/model|abc|float32|")
+    monkeypatch.setattr(chat_template, "DATE", "27 Jul 2024")
+    dated = models.identity("some/model", dtype=torch.float32)
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + " ")
+    assert len({before, dated, models.identity("some/model", dtype=torch.float32)}) == 3
+
+
+def test_an_adapters_scale_and_weights_change_the_identity(embedded, adapter, tmp_path):
+    found = {models.identity(embedded, adapter)}
+    for number, change in enumerate(
+        (edited("adapter_config.json", lora_alpha=99), edited("adapter_config.json", peft_version="0"), None)
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(adapter, folder)
+        if change is None:
+            weights = load_file(folder / "adapter_model.safetensors")
+            weights[next(iter(weights))] += 1
+            save_file(weights, folder / "adapter_model.safetensors")
+        else:
+            change(folder)
+        found.add(models.identity(embedded, folder))
+    # The version of PEFT makes no third.
+    assert len(found) == 3
 
 
 def test_an_adapter_is_merged_and_named(embedded, adapter):

@@ -21,7 +21,7 @@ SHAPE = {key: value for key, value in tiny_models.SIZES.items() if key != "tie_w
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 WINDOWED = {
     "mistral": {},
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 0},
     "gemma2": {},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {},

@@ -6,10 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from atp_utils import role_play
-from atp_utils.engine import Request, Sampling, draw
-from atp_utils.parsing import answer_json
-from atp_utils.protocol import Protocol
+from atp_utils.engine import Sampling, draw
 from atp_utils.transformers_engine import TransformersEngine
 
 
@@ -69,10 +66,9 @@ def test_kept_conversations_cost_their_new_tokens_and_change_nothing(embedded, a
     assert read["kept"] == read["one by one"] < 0.75 * read["forgotten"]
 
 
-def test_identical_chats_share_one_pass_and_draw_separately(embedded, item):
-    engine = TransformersEngine(embedded)
-    messages, options = role_play.opening(item, Protocol()), tuple(map(answer_json, item.options))
-    replies = answers(engine, [Request("k", messages, seed, options) for seed in range(40)])
+def test_identical_chats_share_one_pass_and_draw_separately(embedded, ask):
+    engine, options = TransformersEngine(embedded), ask("rain").options
+    replies = answers(engine, [ask("rain", seed=seed) for seed in range(40)])
     assert engine.answered == 1
     assert len({reply.logprobs for reply in replies}) == 1
     assert [reply.text for reply in replies] == [options[draw(replies[0].logprobs, seed)] for seed in range(40)]
@@ -83,9 +79,9 @@ def test_the_cache_is_bounded(embedded, ask):
     engine = TransformersEngine(embedded, cache_bytes=5e6)
     for number in range(6):
         answers(engine, [ask(f"number {number}")])
-        assert engine._kept_bytes <= 5e6
-        assert engine._kept_bytes == sum(values.nbytes for _, values in engine._kept.values())
-    assert 0 < len(engine._kept) < 6
+        assert engine._kept.bytes <= 5e6
+        assert engine._kept.bytes == sum(values.nbytes for _, values in engine._kept.chats.values())
+    assert 0 < len(engine._kept.chats) < 6
 
 
 def free(request, seed=0, **settings):
