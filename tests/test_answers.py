@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atp_utils.answers import canonical, exact, extract_answer, is_correct, parse_number, visible
+from atp_utils.tool_calls import read_answer
 
 READ = {
     "42": 42,
@@ -220,6 +221,12 @@ REPLIES = {
 def test_marked_answers(reply):
     expected = REPLIES[reply]
     assert extract_answer(reply) == (None if expected is None else Fraction(str(expected)))
+
+
+def test_a_box_that_the_end_of_a_cut_reply_closes_may_hold_half_a_number():
+    for reply in (r"\boxed{5}, no: \boxed 6", r"\boxed 6", r"\boxed 6."):
+        assert read_answer(reply, cut=False) == 6 and read_answer(reply, cut=True) is None
+    assert read_answer(r"$\boxed 6$ and", cut=True) == read_answer(r"\boxed{6} and", cut=True) == 6
 
 
 def test_hidden_text_never_joins_what_stands_around_it():
