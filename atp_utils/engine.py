@@ -21,7 +21,7 @@ _CONTROL = (
     r"<\|[^<>\s]{1,60}>|<[^<>\s]{1,60}\|>|<｜[^<>\s]{1,60}｜>",
     r"</?s>|<(?:bos|eos|pad|unk|mask)>|<</?SYS>>|<(?:start|end)_of_\w+>",
     r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|ARGS|CALL_ID|THINK)\]",
-    r"</?(?:think|thinking|thought|reasoning|tool_call|tool_response)>",
+    r"</?(?:think|thinking|thoughts?|reason|reasoning|reflection|tool_call|tool_response|\w{1,20}:think|longcat_think)>",
 )
 
 # The default of Llama 3.1's chat template. Later ones of the family take today's date unless one is given.

@@ -157,7 +157,8 @@ def test_role_play_is_counted_on_the_real_prompts(splits, embedded, engine):
     # Two seeds share their first chat, and there are at most four from then on.
     assert [len(call) for call in load.calls][0] == 2
     assert all(len(call) <= 4 for call in load.calls) and len(load.calls) == 3
-    first = [render(engine.tokenizer, role_play.opening(i, Protocol("choose"))) for i in role_play.balanced_subset(splits[1], 2)]
+    chosen = role_play.balanced_subset(splits[1], 2)
+    first = [render(engine.tokenizer, role_play.opening(item, Protocol("choose"))) for item in chosen]
     lengths = [len(engine.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in first]
     assert sorted(chat.prompt for chat in load.calls[0]) == sorted(lengths)
     assert all(chat.fresh == chat.prompt for chat in load.calls[0])
