@@ -19,6 +19,15 @@ WINDOW = 32
 OPTIONS = ('{"choice": "A"}', '{"choice": "Brimstone"}')
 SHAPE = {key: value for key, value in tiny_models.SIZES.items() if key != "tie_word_embeddings"}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+SHARED = {
+    "num_kv_shared_layers": 1,
+    "num_hidden_layers": 4,
+    "vocab_size_per_layer_input": 2000,
+    "intermediate_size": 128,
+}
+SHARED |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 4}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+LATENT |= {"head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 2, "sliding_window": None}
 WINDOWED = {
     "mistral": {},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 0},
@@ -29,7 +38,12 @@ WINDOWED = {
     "olmo3": {"layer_types": ["sliding_attention", "full_attention"]},
     "cohere2": {"layer_types": ["sliding_attention", "full_attention"]},
     "llama": {},
+    "gemma3n_text": SHARED,
+    "gemma4_text": SHARED | {"global_head_dim": 32},
+    "deepseek_v3": LATENT,
 }
+# Their layers' keys and values differ in shape: nothing is kept, and each round is read whole.
+UNKEPT = ("gemma4_text", "deepseek_v3")
 STATEFUL = ("qwen3_next", "lfm2", "mamba", "mamba2", "jamba", "falcon_h1", "recurrent_gemma", "qwen3_5_text", "zamba2")
 
 
@@ -83,12 +97,12 @@ SECOND = [
 def test_later_rounds_are_scored_as_by_a_plain_pass(kind, tmp_path):
     engine = TransformersEngine(save(tmp_path, kind, **WINDOWED[kind]), dtype=torch.float32)
     window = getattr(engine.model.config, "sliding_window", None)
-    assert window == (None if kind == "llama" else WINDOW)
+    assert window == (None if kind in ("llama", "deepseek_v3") else WINDOW)
     for requests in (FIRST, SECOND):
         replies = dict(engine.answer(requests))
         for index, request in enumerate(requests):
             assert replies[index].logprobs == pytest.approx(plain_scores(engine, request), abs=1e-4)
-    assert len(engine._kept.chats) == len(FIRST) + len(SECOND)
+    assert len(engine._kept.chats) == (0 if kind in UNKEPT else len(FIRST) + len(SECOND))
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "gpt_oss"])
