@@ -76,7 +76,7 @@ def _settings(value):
 
 def _remembered(path: Path) -> str:
     """SHA-256 of a large file, read again only when its size or its time of change is another."""
-    store = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "align-then-play" / "digests.json"
+    store = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "atp_utils" / "digests.json"
     state = path.stat()
     key, stamp = str(path.resolve()), [state.st_size, state.st_mtime_ns]
     try:

@@ -234,7 +234,7 @@ def test_large_files_are_hashed_once_and_a_cache_that_cannot_be_written_costs_on
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"/x": 1}'])
 def test_a_damaged_cache_of_hashes_is_written_anew(content, copied, tmp_path):
     whole = model_digest.folder_digest(copied)
-    store = tmp_path / "cache/align-then-play/digests.json"
+    store = tmp_path / "cache/atp_utils/digests.json"
     assert len(json.loads(store.read_text())) == 1
     store.write_text(content)
     assert model_digest.folder_digest(copied) == whole
