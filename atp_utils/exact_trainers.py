@@ -10,16 +10,7 @@ from typing import Any
 from datasets import Dataset
 from trl import DPOTrainer, GRPOTrainer
 
-_ANSWER = "ANSWER"
-
-
-def turn_end(tokenizer: Any) -> int:
-    """Id of the token that ends an assistant's turn: the first special one that the chat template writes behind it."""
-    chat = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": _ANSWER}]
-    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(_ANSWER)[2]
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    return next((token for token in ids if token in special), tokenizer.eos_token_id)
+from atp_utils.chat_template import common_prefix, encode, turn_end
 
 
 def preference_ids(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
@@ -27,14 +18,9 @@ def preference_ids(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
 
     Where a token reaches across the boundary, both answers begin with it.
     """
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    end = turn_end(tokenizer)
-    prompt, *answers = ids(row["prompt"]), *(ids(row["prompt"] + row[side]) + [end] for side in ("chosen", "rejected"))
-    same = (place for place, pair in enumerate(zip(prompt, *answers, strict=False)) if len(set(pair)) > 1)
-    start = next(same, len(prompt))
+    prompt, end = encode(tokenizer, row["prompt"]), turn_end(tokenizer)
+    answers = [encode(tokenizer, row["prompt"] + row[side]) + [end] for side in ("chosen", "rejected")]
+    start = common_prefix([prompt, *answers])
     chosen, rejected = (answer[start:] for answer in answers)
     return {"prompt_ids": prompt[:start], "chosen_ids": chosen, "rejected_ids": rejected}
 

@@ -26,8 +26,9 @@ from trl import DPOConfig, GRPOConfig
 from trl.import_utils import is_vllm_available
 
 from atp_utils import align, files, folders, launch, memory, models, progress, shown, tool_pairs
+from atp_utils.chat_template import turn_end
 from atp_utils.code_digest import PACKAGE, code_of
-from atp_utils.exact_trainers import ExactDPOTrainer, ExactGRPOTrainer, turn_end
+from atp_utils.exact_trainers import ExactDPOTrainer, ExactGRPOTrainer
 from atp_utils.journal import made_by, write_manifest
 from atp_utils.runs import Run
 from atp_utils.sandbox import Sandbox
@@ -266,7 +267,9 @@ def _parts(model: str, rows: list[dict], training: Training) -> dict[str, Any]:
     # GRPO stops its replies where the engine stops them.
     known = weights.generation_config.eos_token_id
     known = known if isinstance(known, list) else [known]
-    weights.generation_config.eos_token_id = sorted({turn_end(tokenizer), *(i for i in known if i is not None)})
+    weights.generation_config.eos_token_id = sorted(
+        {turn_end(tokenizer), tokenizer.eos_token_id, *(i for i in known if i is not None)}
+    )
     return {
         "model": weights,
         "train_dataset": Dataset.from_list(rows),
