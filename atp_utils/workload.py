@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atp_utils import align, collusion, evolve, role_play, tool_items, tool_pairs, tool_use, train
-from atp_utils.chat_template import render
+from atp_utils.chat_template import common_prefix, render
 from atp_utils.costs import Chat
 from atp_utils.engine import Reply, Request, Sampling, ScriptedEngine, collapse
 from atp_utils.journal import Journal
@@ -80,7 +80,7 @@ class MeteringEngine:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         kept = next((self._kept[turns[:end]] for end in range(len(turns), 0, -1) if turns[:end] in self._kept), [])
         # What follows the prompt proper is always read anew: its logits are what is wanted.
-        return ids, len(ids) - min(_common(ids, kept), len(ids) - 1)
+        return ids, len(ids) - min(common_prefix([ids, kept]), len(ids) - 1)
 
     def _chat(self, request: Request, ids: list[int], fresh: int) -> Chat:
         if request.options:
@@ -106,13 +106,6 @@ class MeteringEngine:
             return direct
         told = text.startswith("Write Python") or text.endswith("use the tool.")
         return f"<tool>\nprint({number})\n</tool>" if told or number % 2 else direct
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    for place, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return place
-    return min(len(left), len(right))
 
 
 def items_of(data: Mapping[str, Any], scenario: str, split: str) -> list:
