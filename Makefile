@@ -24,7 +24,9 @@ endif
 # Outputs of these notebooks follow from committed files alone, so they must come out the same.
 STRICT := 01_generate_data 07_heatmaps 08_figures
 # nbval hangs for ever when a kernel dies, so each cell has a time-out: generous, for machines ten times slower than ours.
-NBVAL := ATP_PROGRESS=/dev/null $(BIN)/python -m pytest -p no:cacheprovider --timeout 0 \
+# Files of tests run side by side, each process on one core.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+NBVAL := ATP_PROGRESS=/dev/null $(PYTEST) -p no:cacheprovider --timeout 0 \
 	--nbval-cell-timeout 3000 --nbval-sanitize-with tests/notebooks/sanitize.cfg
 
 .DEFAULT_GOAL := help
@@ -59,7 +61,7 @@ reproduce: model $(if $(filter slurm,$(EXECUTOR)),$(CLUSTER_INSTALLED)) ## run a
 test: model ## ruff, pytest and the notebooks by nbval
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	$(NBVAL) --nbval $(foreach book,$(STRICT),notebooks/$(book).ipynb)
 	$(NBVAL) --nbval-lax $(filter-out $(foreach book,$(STRICT),notebooks/$(book).ipynb),$(wildcard notebooks/*.ipynb))
 

@@ -5,6 +5,13 @@ from atp_utils import models, role_play
 from atp_utils.engine import Request
 from atp_utils.transformers_engine import TransformersEngine
 
+# Minutes each, in processes of their own: they start first, so that no core waits for them at the end.
+LONGEST = ("test_pipeline", "test_paper_profile")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def environments():

@@ -28,8 +28,14 @@ pytestmark = pytest.mark.timeout(3600)
 
 SCENARIOS = ("role_play", "collusion", "tool_use")
 EVOLVE = dict(zip(SCENARIOS, ("04_evolve_role_play", "06_evolve_collusion", "05_evolve_tool_use"), strict=True))
-# One arm a family: merging an adapter is tried on both, and both kinds of adapter are.
+# One arm a family: merging an adapter is tried on both, and both kinds of adapter are. The other arm of each is trained
+# for one scenario, without an evolution.
 ARMS = dict(zip(FAMILIES, ("dpo", "grpo"), strict=True))
+BOOKS = {"dpo": "02_align_dpo", "grpo": "03_align_grpo"}
+PAIRS = [(scenario, family) for scenario in SCENARIOS for family in FAMILIES]
+TRAININGS = [(*pair, ARMS[pair[1]]) for pair in PAIRS]
+TRAININGS += [("role_play", family, arm) for family, arm in zip(FAMILIES, reversed(ARMS.values()), strict=True)]
+ELICITED = [(scenario, family) for scenario, family, method in TRAININGS if method == "dpo"]
 DATA = {"train_per_environment": 2, "test_per_environment": 2, "instances_per_game": 2}
 DATA |= {"simple_problems": 8, "complex_problems": 8, "simple_test": 4, "complex_test": 4}
 SMALLEST = {
@@ -66,6 +72,12 @@ class Run:
     def pairs(self, scenario, family, name):
         """Where notebook 2 keeps the replies that it makes pairs from."""
         return runs.Run("02_align_dpo", {}, self.adapter(scenario, family, "dpo")).beside(name)
+
+    def own(self, scenario, family):
+        """The replies to notebook 2 that the model wrote itself."""
+        name = "samples" if scenario == "tool_use" else "elicited"
+        replies = journal.read_replies(self.pairs(scenario, family, name) / "replies.jsonl")
+        return list(replies.values())[self.written[scenario, family] :]
 
     def evolution(self, scenario, family):
         return self.folder / "evolution" / scenario / family
@@ -108,15 +120,15 @@ def readable_reply(run, scenario, family):
 def run(tiny, tmp_path_factory):
     """The finished pass: data, then all trainings, then all evolutions; two notebooks at a time."""
     run = Run(tmp_path_factory.mktemp("paper"), tiny)
-    data, pairs = run.folder / "data", [(scenario, family) for scenario in SCENARIOS for family in FAMILIES]
+    data = run.folder / "data"
     failed = [run.book("01_generate_data", data)]
     assert not any(failed), failed
-    run.written = {(scenario, family): readable_reply(run, scenario, family) for scenario, family in pairs}
+    run.written = {(scenario, family): readable_reply(run, scenario, family) for scenario, family in ELICITED}
 
     def align_one(job):
-        (scenario, family), (method, book) = job
+        scenario, family, method = job
         given = {"model": tiny[family], "scenario": scenario, "data": data}
-        return run.book(book, run.adapter(scenario, family, method), **given)
+        return run.book(BOOKS[method], run.adapter(*job), **given)
 
     def evolve_one(job):
         scenario, family = job
@@ -124,44 +136,38 @@ def run(tiny, tmp_path_factory):
         given |= {"data": data} if scenario != "collusion" else {}
         return run.book(EVOLVE[scenario], run.evolution(*job), **given)
 
-    trainings = [(job, way) for job in pairs for way in (("dpo", "02_align_dpo"), ("grpo", "03_align_grpo"))]
     with ThreadPoolExecutor(2) as pool:
-        failed = [*pool.map(align_one, trainings), *pool.map(evolve_one, pairs)]
+        failed = [*pool.map(align_one, TRAININGS), *pool.map(evolve_one, PAIRS)]
     assert not any(failed), "\n".join(filter(None, failed))
     return run
 
 
-def of_both(test):
-    return pytest.mark.parametrize("family", FAMILIES)(pytest.mark.parametrize("scenario", SCENARIOS)(test))
-
-
-@of_both
-@pytest.mark.parametrize(("method", "book"), [("dpo", "02_align_dpo"), ("grpo", "03_align_grpo")])
-def test_adapters_are_trained_with_the_papers_settings(run, scenario, family, method, book):
+@pytest.mark.parametrize(("scenario", "family", "method"), TRAININGS)
+def test_adapters_are_trained_with_the_papers_settings(run, scenario, family, method):
     folder = run.adapter(scenario, family, method)
     models.check_adapter(folder, run.tiny[family])
     manifest, log = json.loads((folder / "manifest.json").read_text()), pd.read_csv(folder / "training_log.csv")
     assert manifest["steps"] == len(log) == 1
-    paper = parameters.read_profile("paper").parameters(book, scenario, HUB_IDS[family])
+    paper = parameters.read_profile("paper").parameters(BOOKS[method], scenario, HUB_IDS[family])
     for name in ("learning_rate", "beta", "lora_rank", "epochs", "batch_size", "temperature", "checkpoint_activations"):
         assert manifest["settings"][name] == paper[name], name
     if method == "grpo":
         assert manifest["settings"]["group_size"] == paper["group_size"] and log["kl"].notna().all()
     else:
-        # Before the first step the policy is the reference: log 2, and the one pair that could be made.
-        assert log["loss"][0] == pytest.approx(0.6931, abs=1e-3) and manifest["rows"] == 1
+        # Before the first step the policy is the reference: log 2. One pair was written; a random model that happens
+        # to end its words within the limit has given the other side of one more.
+        assert log["loss"][0] == pytest.approx(0.6931, abs=1e-3)
+        assert 1 <= manifest["rows"] <= 1 + sum(reply.finish_reason == "stop" for reply in run.own(scenario, family))
 
 
-@of_both
+@pytest.mark.parametrize(("scenario", "family"), ELICITED)
 def test_garbage_makes_no_pairs(run, scenario, family):
-    name = "samples" if scenario == "tool_use" else "elicited"
-    replies = journal.read_replies(run.pairs(scenario, family, name) / "replies.jsonl")
-    own = list(replies.values())[run.written[scenario, family] :]
+    own = run.own(scenario, family)
     assert len([reply for reply in own if reply.finish_reason == "length"]) > 0
     assert all(reply.completion_tokens <= 8 for reply in own)
 
 
-@of_both
+@pytest.mark.parametrize(("scenario", "family"), PAIRS)
 def test_evolutions_count_what_cannot_be_read(run, scenario, family):
     folder, sizes = run.evolution(scenario, family), SMALLEST[EVOLVE[scenario]]
     table = pd.read_parquet(folder / "decisions.parquet")
