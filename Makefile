@@ -16,7 +16,7 @@ export PYTHONWARNINGS := ignore::FutureWarning,ignore::DeprecationWarning
 
 # Without a workflow profile Snakemake takes profiles/default.
 SNAKEMAKE_local = --cores $(CORES)
-SNAKEMAKE_slurm = --workflow-profile $(SLURM_PROFILE) --slurm-logdir "$(CURDIR)/$(RUN)/slurm"
+SNAKEMAKE_slurm = --workflow-profile "$(SLURM_PROFILE)" --slurm-logdir "$(CURDIR)/$(RUN)/slurm"
 ifeq ($(SNAKEMAKE_$(EXECUTOR)),)
 $(error EXECUTOR=$(EXECUTOR): expected local or slurm)
 endif
@@ -30,7 +30,7 @@ NBVAL := ATP_PROGRESS=/dev/null $(PYTEST) -p no:cacheprovider --timeout 0 \
 	--nbval-cell-timeout 3000 --nbval-sanitize-with tests/notebooks/sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help install model plan reproduce test test-cluster lab bench notebooks publish clean
+.PHONY: help install model pilot reproduce test test-cluster lab bench notebooks publish clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,14 +49,15 @@ $(CLUSTER_INSTALLED): $(INSTALLED)
 model: $(INSTALLED) ## fetch and convert the embedded model
 	@$(BIN)/python -c "from atp_utils import models, shown; print('model:', shown(models.prepare_embedded()))"
 
-plan: model ## print a profile's jobs, tokens, GPU hours and memory; runs nothing (PROFILE=, OPTIONS=)
-	@$(BIN)/python -m atp_utils.plan "$(PROFILE)" $(OPTIONS)
+pilot: model ## run the smallest of each kind of a profile's jobs and say what the whole takes (PROFILE=, MODEL=)
+	@$(BIN)/python -m atp_utils.pilot "$(PROFILE)" $(if $(MODEL),--model "$(MODEL)")
 
 # --nolock: a killed run would leave its lock behind, and each run folder has a lock of its own.
-# URLS, with commas between, are servers that answer in place of this machine: docs/servers.md.
-reproduce: model $(if $(filter slurm,$(EXECUTOR)),$(CLUSTER_INSTALLED)) ## run a profile (PROFILE=quick|laptop|paper, EXECUTOR=local|slurm), then print its tables
-	$(BIN)/snakemake $(SNAKEMAKE_$(EXECUTOR)) --config profile="$(PROFILE)" urls="$(URLS)" key_variable="$(KEY_VARIABLE)" --rerun-incomplete --nolock --quiet host reason
-	@$(BIN)/python -m atp_utils.report "$(RUN)"
+# MODEL is run in place of the profile's; SERVERS, addresses with commas between or a file, answer in place of this
+# machine: docs/servers.md.
+reproduce: model $(if $(filter slurm,$(EXECUTOR)),$(CLUSTER_INSTALLED)) ## run a profile (PROFILE=quick|laptop|paper, MODEL=, EXECUTOR=local|slurm), then print its tables
+	$(BIN)/snakemake $(SNAKEMAKE_$(EXECUTOR)) --config profile="$(PROFILE)" model="$(MODEL)" servers="$(SERVERS)" --rerun-incomplete --nolock --quiet host reason
+	@$(BIN)/python -m atp_utils.analysis.report "$(RUN)"
 
 test: model ## ruff, pytest and the notebooks by nbval
 	$(BIN)/ruff check .
@@ -78,7 +79,7 @@ notebooks: model ## execute the notebooks in place, with their own defaults
 	ATP_PROGRESS=/dev/null $(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
 
 publish: $(INSTALLED) ## copy a profile's complete runs to data/results (OPTIONS=--overwrite to drop runs there)
-	$(BIN)/python -m atp_utils.publish "$(RUN)" "data/results/$(NAME)" $(OPTIONS)
+	$(BIN)/python -m atp_utils.runs.publish "$(RUN)" "data/results/$(NAME)" $(OPTIONS)
 
 clean: ## remove what a profile's run made (PROFILE=; demo for the notebooks' own; keeps .venv and models)
 	rm -rf -- $(foreach part,data adapters evolution figures notebooks slurm,"$(RUN)/$(part)")

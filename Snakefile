@@ -15,19 +15,23 @@ import json
 import re
 import shlex
 
-from atp_utils.code_digest import code_of
-from atp_utils.parameters import ALIGN, EVOLVE, as_folder, check, read_profile, run_folder
+from atp_utils import ROOT
+from atp_utils.engines import Servers
+from atp_utils.parameters import ALIGN, EVOLVE, read_profile, run_folder
+from atp_utils.scenarios.registry import SCENARIOS, source
+from atp_utils.support.code_digest import code_of
+from atp_utils.support.files import as_folder
 
 PROFILE = str(config.get("profile", "quick"))
-SETTINGS = read_profile(PROFILE)
+# `make reproduce MODEL=...`: that model alone, with the profile's settings.
+MODEL = str(config.get("model") or "")
+SETTINGS = read_profile(PROFILE).of_model(MODEL) if MODEL else read_profile(PROFILE)
 RUN = run_folder(PROFILE)
 MODELS = {as_folder(name): name for name in SETTINGS.models}
-# `make reproduce URLS=...`: servers that answer all evolutions (docs/servers.md). They are no `params`, so that a
-# finished run isn't asked again for having been asked elsewhere.
-URLS, KEY = str(config.get("urls") or ""), str(config.get("key_variable") or "")
-# What an evolution reads: prompts that were written, or a grid that it makes itself.
-PROMPTS = {name: f"{RUN}/data/{name}/test.jsonl" for name in ("role_play", "tool_use")}
-PROMPTS |= {"collusion": "data/environments/collusion.yaml"}
+# `make reproduce SERVERS=...`: what answers all evolutions (docs/servers.md). It is no `params`, so that a finished run
+# isn't asked again for having been asked elsewhere.
+SERVERS = str(config.get("servers") or "")
+Servers.of(SERVERS)
 
 
 def given(**values):
@@ -36,14 +40,16 @@ def given(**values):
     return shlex.join(word for name, text in texts.items() for word in ("-p", name, text))
 
 
-SERVED = check("04_evolve_role_play", {"urls": URLS.split(","), "key_variable": KEY} if URLS else {})
-SERVED = given(adapter="", **SERVED) if URLS else ""
-
-
-def code(book):
+def code(book, *scenario):
     # What all scenarios share counts for each. That is cheap: a job whose own scenario hasn't changed replays its
     # replies, or finds its adapter.
-    return code_of(f"notebooks/{book}.ipynb")
+    return code_of(f"notebooks/{book}.ipynb", *(source(SCENARIOS[name]) for name in scenario))
+
+
+def prompts(scenario, split):
+    """The file of a split that notebook 1 writes; a scenario without it makes its items from its sources."""
+    own = SCENARIOS[scenario]
+    return [f"{RUN}/data/{scenario}/{split}.jsonl"] if split in own.splits else list(own.sources)
 
 
 def adapter_manifest(wildcards):
@@ -60,12 +66,18 @@ def align_given(wildcards):
 
 def evolve_given(wildcards):
     model, arm = MODELS[wildcards.model], wildcards.arm
-    # Servers that the profile names hold the adapters themselves.
-    served = SETTINGS.parameters(EVOLVE[wildcards.scenario], None, model).get("urls")
+    # Servers hold the adapters themselves.
+    served = SERVERS or SETTINGS.given(EVOLVE[wildcards.scenario], None, model).get("servers")
     adapter = "" if arm == "base" or served else adapter_manifest(wildcards).removesuffix("/manifest.json")
-    data = {"data": f"{RUN}/data"} if wildcards.scenario != "collusion" else {}
     out = f"{RUN}/evolution/{wildcards.scenario}/{wildcards.model}/{arm}"
-    return given(model=model, arm=arm, adapter=adapter, out=out, **data, overwrite=True)
+    return given(model=model, arm=arm, adapter=adapter, out=out, data=f"{RUN}/data", overwrite=True)
+
+
+SERVED = given(servers=SERVERS) if SERVERS else ""
+
+
+def settings_of(book, scenario, name):
+    return SETTINGS.parameters(book, scenario, name).model_dump(mode="json", exclude={"servers"})
 
 
 wildcard_constraints:
@@ -83,19 +95,14 @@ rule all:
 
 rule data:
     input:
-        "data/environments/role_play.yaml",
-        "data/environments/collusion.yaml",
+        [path for scenario in SCENARIOS.values() for path in scenario.sources],
     output:
-        f"{RUN}/data/role_play/train.jsonl",
-        f"{RUN}/data/role_play/test.jsonl",
-        f"{RUN}/data/collusion/train.jsonl",
-        f"{RUN}/data/tool_use/train.jsonl",
-        f"{RUN}/data/tool_use/test.jsonl",
+        [f"{RUN}/data/{name}/{split}.jsonl" for name, scenario in SCENARIOS.items() for split in scenario.splits],
     params:
         notebook="notebooks/01_generate_data.ipynb",
-        code=code("01_generate_data"),
+        code=code("01_generate_data", *SCENARIOS),
         given=given(out=f"{RUN}/data", overwrite=True),
-        settings=SETTINGS.parameters("01_generate_data"),
+        settings=settings_of("01_generate_data", None, None),
     log:
         notebook=f"{RUN}/notebooks/01_generate_data.ipynb",
     message:
@@ -114,10 +121,10 @@ rule align:
         f"{RUN}/adapters/{{scenario}}/{{model}}/{{method}}/manifest.json",
     params:
         notebook=lambda w: f"notebooks/{ALIGN[w.method]}.ipynb",
-        code=lambda w: code(ALIGN[w.method]),
+        code=lambda w: code(ALIGN[w.method], w.scenario),
         name=lambda w: MODELS[w.model],
         given=align_given,
-        settings=lambda w: SETTINGS.parameters(ALIGN[w.method], w.scenario, MODELS[w.model]),
+        settings=lambda w: settings_of(ALIGN[w.method], w.scenario, MODELS[w.model]),
     log:
         notebook=f"{RUN}/notebooks/align-{{scenario}}-{{model}}-{{method}}.ipynb",
     message:
@@ -133,16 +140,16 @@ rule align:
 
 rule evolve:
     input:
-        lambda w: PROMPTS[w.scenario],
+        lambda w: prompts(w.scenario, "test"),
         adapter_manifest,
     output:
         f"{RUN}/evolution/{{scenario}}/{{model}}/{{arm}}/manifest.json",
     params:
         notebook=lambda w: f"notebooks/{EVOLVE[w.scenario]}.ipynb",
-        code=lambda w: code(EVOLVE[w.scenario]),
+        code=lambda w: code(EVOLVE[w.scenario], w.scenario),
         name=lambda w: MODELS[w.model],
         given=evolve_given,
-        settings=lambda w: SETTINGS.parameters(EVOLVE[w.scenario], None, MODELS[w.model]),
+        settings=lambda w: settings_of(EVOLVE[w.scenario], None, MODELS[w.model]),
     message:
         "evolve: {wildcards.scenario}, {params.name}, {wildcards.arm}"
     log:

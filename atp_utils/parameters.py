@@ -1,160 +1,151 @@
-"""Names and types of the notebooks' parameters, and the profiles that hold their values.
+"""The notebooks' parameters, each declared once (name, type, default, help), and the profiles that hold their values.
 
-A name means the same in every notebook. A notebook's own parameters are those of its one cell tagged
-``parameters``; papermill only warns of an unknown name and runs with the default, so names and values are
-checked here, before anything starts.
+A notebook's cell tagged ``parameters`` repeats its model's names and defaults, which a test compares: papermill needs
+them there, only warns of an unknown name, and runs with the default. Names and values are therefore checked here,
+before anything starts.
 """
 
 import contextlib
 import json
-import re
-from ast import literal_eval
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import papermill
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
-from atp_utils import files, resolve, shown
-from atp_utils.collusion import Visibility
-from atp_utils.openai_wire import checked_url
+from atp_utils import resolve, shown
+from atp_utils.engines import Servers
+from atp_utils.scenarios.registry import SCENARIOS
+from atp_utils.support import files
+from atp_utils.support.files import as_folder
+from atp_utils.support.values import Distinct, Flag, Natural, Parameters, Positive, Rate, Real, Share, Text, option
 
 NOTEBOOKS = Path("notebooks")
 PROFILES = Path("profiles")
-
-# Which notebook aligns by which method, and which lets which scenario evolve: the pipeline's and the plan's one list.
-ALIGN = {"dpo": "02_align_dpo", "grpo": "03_align_grpo"}
-EVOLVE = {"role_play": "04_evolve_role_play", "tool_use": "05_evolve_tool_use", "collusion": "06_evolve_collusion"}
-
-Scenario = Literal["role_play", "tool_use", "collusion"]
 Arm = Literal["base", "dpo", "grpo"]
-Natural = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[int, Field(ge=1, strict=True)]
-Even = Annotated[int, Field(ge=2, multiple_of=2, strict=True)]
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number is expected, not true or false")
-    # What Python or a quoting hand wrote: '1e-5'.
-    return float(value) if isinstance(value, str) else value
-
-
-def _distinct(values: list) -> list:
-    if twice := [value for place, value in enumerate(values) if value in values[:place]]:
-        raise ValueError(f"{twice[0]!r} stands twice")
-    return values
-
-
-Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Rate = Annotated[Real, Field(gt=0)]
-Share = Annotated[Real, Field(ge=0, le=1)]
-Flag = Annotated[bool, Field(strict=True)]
-Distinct = AfterValidator(_distinct)
-Text = Annotated[str, Field(min_length=1)]
-# Where a key may be put by mistake: no error repeats what stands there. Few keys look like a variable's name.
-DISCREET = {"urls", "key_variable"}
 # What the pipeline gives each job; a profile's value would be ignored.
 GIVEN = {"model", "scenario", "arm", "adapter", "data", "out", "results", "figures", "overwrite"}
-# Bytes of a model's or a profile's name: file names hold 255, and the names of notebooks have more in them.
-LONGEST = 200
 
-TYPES: dict[str, Any] = {
-    "model": Text,
-    "scenario": Scenario,
-    "arm": Arm,
-    "adapter": str,
-    "urls": list[Annotated[str, AfterValidator(checked_url)]],
-    "served_name": str,
-    "tokenizer": str,
-    "key_variable": Annotated[str, Field(pattern=r"^([A-Z_][A-Z0-9_]*)?$")],
-    "concurrency": Positive,
-    "data": Text,
-    "out": str,
-    "results": Text,
-    "figures": Text,
-    "overwrite": Flag,
-    "seed": Natural,
-    "seeds": Annotated[list[Natural], Field(min_length=1), Distinct],
-    "train_per_environment": Even,
-    "test_per_environment": Even,
-    "instances_per_game": Even,
-    "simple_problems": Positive,
-    "complex_problems": Positive,
-    "simple_test": Positive,
-    "complex_test": Positive,
-    "problem_source": Text,
-    "rounds": Positive,
-    "agents": Annotated[int, Field(ge=2, le=1000, strict=True)],
-    "thresholds": Annotated[list[Positive], Field(min_length=1), Distinct],
-    "payoffs": Annotated[list[Annotated[list[Real], Field(min_length=3, max_length=3)]], Field(min_length=1), Distinct],
-    "visibility": Visibility,
-    "fixed_colluders": Natural,
-    "agents_per_seed": Positive,
-    "simple_per_round": Positive,
-    "complex_per_round": Positive,
-    "tool_cost": Rate,
-    "direct_cost": Rate,
-    "max_calls": Positive,
-    "tool_seconds": Annotated[Real, Field(ge=0.01, le=3600)],
-    "items": Natural,
-    "protocol": Literal["choose", "reason"],
-    "max_attempts": Positive,
-    "max_new_tokens": Positive,
-    "temperature": Annotated[Real, Field(ge=0, le=10)],
-    "top_p": Annotated[Real, Field(gt=0, le=1)],
-    "top_k": Natural,
-    "thinking": Flag,
-    "keep_thinking": Flag,
-    "pairs": Literal["answers", "elicited", "solutions"],
-    "samples_per_problem": Positive,
-    "max_pairs": Positive,
-    "learning_rate": Rate,
-    "epochs": Rate,
-    "max_steps": Natural,
-    "batch_size": Positive,
-    "accumulation": Positive,
-    "group_size": Annotated[int, Field(ge=2, strict=True)],
-    "beta": Annotated[Real, Field(ge=0)],
-    "lora_rank": Positive,
-    "warmup_ratio": Share,
-    "save_steps": Positive,
-    "prefill": str,
-    "checkpoint_activations": Flag,
-    "use_vllm": Flag,
-    "launcher": str,
+
+def _scenario(name: str) -> str:
+    if name not in SCENARIOS:
+        raise ValueError(f"expected one of {', '.join(SCENARIOS)}")
+    return name
+
+
+ScenarioName = Annotated[str, AfterValidator(_scenario)]
+
+
+class _Data(Parameters):
+    seed: Natural = option(0, "what the prompts are drawn from")
+    out: Text = option("data", "folder of the prompts, one below it for each scenario")
+    overwrite: Flag = option(False, "whether prompts of other parameters in out may be replaced")
+
+
+class Training(Parameters):
+    """Parameters of both alignment notebooks."""
+
+    model: Text = option("smollm2-135m", "name of an embedded model, Hugging Face id, or folder")
+    scenario: ScenarioName = option("role_play", f"what is aligned: {', '.join(SCENARIOS)}")
+    data: Text = option("data", "folder of the prompts that notebook 1 wrote")
+    out: str = option("", "folder of the adapter; empty: one of its own below runs/demo")
+    overwrite: Flag = option(False, "whether another adapter in out may be set aside")
+    protocol: Literal["choose", "reason"] = option("choose", "form of the answer that prompts ask for")
+    learning_rate: Rate = option(5e-4, "at its highest")
+    max_steps: Natural = option(3, "optimiser steps; 0: as many as the epochs take")
+    batch_size: Positive = option(1, "pairs, or prompts of GRPO, that are computed at once")
+    accumulation: Positive = option(1, "batches of a step, shared out among processes")
+    lora_rank: Positive = option(8, "rank of the adapter")
+    lora_alpha: Rate = option(16.0, "scale of the adapter, over its rank")
+    lora_targets: Text = option("all-linear", "layers that it adapts: all-linear, or names with commas between")
+    warmup_ratio: Share = option(0.1, "share of the steps in which the learning rate rises")
+    save_steps: Positive = option(10, "steps between checkpoints")
+    temperature: Annotated[Real, Field(ge=0, le=10)] = option(1.0, "of written replies")
+    checkpoint_activations: Flag = option(False, "whether activations are computed again to save memory")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "precision of the weights; auto: what is fast here")
+    launcher: str = option("", "file of profiles/accelerate whose processes train; empty: this process")
+    seed: Natural = option(0, "of adapter, order and draws")
+
+
+class Dpo(Training):
+    """Parameters of notebook 2."""
+
+    servers: str = option("", "servers of the base model that write replies: addresses, or a YAML file")
+    pairs: Literal["answers", "written"] = option("answers", "bare JSON answers, or replies that the model writes")
+    samples_per_problem: Positive = option(1, "written replies of a problem (tool use)")
+    max_pairs: Positive = option(2000, "most pairs (tool use)")
+    epochs: Rate = option(12.0, "passes over the pairs, where max_steps is 0")
+    batch_size: Positive = option(4, "pairs that are computed at once")
+    beta: Annotated[Real, Field(ge=0)] = option(0.1, "how far the policy may move from where it started")
+    max_attempts: Positive = option(3, "how often a reply is asked for in all")
+    max_new_tokens: Positive = option(96, "longest written reply")
+
+
+class Grpo(Training):
+    """Parameters of notebook 3."""
+
+    prefill: str = option('{"choice": "', "beginning of every reply, given to the model")
+    epochs: Rate = option(6.0, "passes over the prompts, where max_steps is 0")
+    group_size: Annotated[int, Field(ge=2, strict=True)] = option(4, "replies to a prompt")
+    beta: Annotated[Real, Field(ge=0)] = option(0.04, "weight of the KL term")
+    max_new_tokens: Positive = option(8, "longest reply")
+    thinking: Flag = option(False, "whether a model that can think may (reason)")
+    use_vllm: Flag = option(False, "whether vLLM writes the replies on the same GPUs")
+
+
+class Drawing(Parameters):
+    """Parameters of the notebooks that draw recorded results."""
+
+    results: Text = option("data/results/laptop/evolution", "folder of complete runs")
+    figures: Text = option("figures", "folder of the drawings")
+    overwrite: Flag = option(False, "whether figures of other results may be replaced")
+
+
+def _data_of_all() -> type[Parameters]:
+    own = {name: field for scenario in SCENARIOS.values() for name, field in scenario.Data.model_fields.items()}
+    fields = {name: (field.rebuild_annotation(), field) for name, field in own.items()}
+    return create_model("Data", __base__=_Data, __doc__="Parameters of notebook 1.", **fields)
+
+
+MODELS: dict[str, type[Parameters]] = {
+    "01_generate_data": _data_of_all(),
+    "02_align_dpo": Dpo,
+    "03_align_grpo": Grpo,
+    "07_heatmaps": Drawing,
+    "08_figures": Drawing,
 }
+ALIGN = {"dpo": "02_align_dpo", "grpo": "03_align_grpo"}
+# A scenario from outside that has no notebook evolves under its own name.
+EVOLVE = {name: scenario.notebook or name for name, scenario in SCENARIOS.items()}
+MODELS |= {notebook: SCENARIOS[name].Evolution for name, notebook in EVOLVE.items()}
 
 
-@cache
-def defaults_of(notebook: str) -> Mapping[str, Any]:
-    """Parameters of ``notebooks/<notebook>.ipynb`` and their values there, in the order of its tagged cell."""
-    path = resolve(NOTEBOOKS / f"{notebook}.ipynb")
-    if not path.is_file():
-        known = ", ".join(sorted(found.stem for found in resolve(NOTEBOOKS).glob("*.ipynb")))
-        raise FileNotFoundError(f"no notebook {notebook!r} in {NOTEBOOKS} (there are: {known})")
-    return {name: literal_eval(found["default"]) for name, found in papermill.inspect_notebook(str(path)).items()}
+def model_of(notebook: str) -> type[Parameters]:
+    """The parameters of a notebook; raises FileNotFoundError where there is none of this name."""
+    if notebook not in MODELS:
+        raise FileNotFoundError(f"no notebook {notebook!r} in {NOTEBOOKS} (there are: {', '.join(sorted(MODELS))})")
+    return MODELS[notebook]
 
 
-def check(notebook: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` as the notebook takes them; raises ValueError for an unknown name or a wrong value."""
-    names, checked = defaults_of(notebook), {}
-    for name, value in values.items():
-        if name not in names:
-            raise ValueError(f"{notebook} has no parameter {name!r} (it has: {', '.join(names)})")
-        try:
-            checked[name] = TypeAdapter(TYPES[name]).validate_python(value)
-        except ValidationError as error:
-            explained = files.explain(error, quoted=name not in DISCREET)
-            raise ValueError(f"{notebook}, parameter {name}: {explained}") from None
+def check(notebook: str, values: Mapping[str, Any]) -> Any:
+    """All parameters of the notebook with ``values`` for some; raises ValueError for an unknown name or wrong value."""
+    model = model_of(notebook)
+    for name in values:
+        if name not in model.model_fields:
+            raise ValueError(f"{notebook} has no parameter {name!r} (it has: {', '.join(model.model_fields)})")
+    try:
+        checked = model(**values)
+    except ValidationError as error:
+        named = "parameter " if error.errors()[0]["loc"] else ""
+        raise ValueError(f"{notebook}, {named}{files.explain(error)}") from None
+    Servers.of(getattr(checked, "servers", ""))
     return checked
 
 
-def from_text(name: str, text: str) -> Any:
-    """A command line's value of the parameter ``name``: the text itself where one is taken, else what it is as JSON."""
-    kind = TypeAdapter(TYPES.get(name, str))
+def from_text(notebook: str, name: str, text: str) -> Any:
+    """A command line's value of a parameter: the text itself where one is taken, else what it is as JSON."""
+    fields = model_of(notebook).model_fields
+    kind = TypeAdapter(fields[name].rebuild_annotation() if name in fields else str)
     with contextlib.suppress(ValidationError):
         if isinstance(kind.validate_python(text), str):
             return text
@@ -163,23 +154,12 @@ def from_text(name: str, text: str) -> Any:
     return text
 
 
-def as_folder(name: str) -> str:
-    """What a model is called in file names, which can't hold a slash; raises ValueError for what no file can be."""
-    folder = name.replace("/", "--")
-    # Snakemake reads braces as a wildcard, and a command line a dash as an option.
-    if not folder.isprintable() or folder != folder.strip() or not name.strip(".") or re.search(r"^-|[{}]", name):
-        raise ValueError(
-            f"{name!r} can't name a folder of results: no dash in front, no braces, no control characters, "
-            "no space around it, not only dots"
-        )
-    if len(folder.encode()) > LONGEST:
-        raise ValueError(f"{name!r} can't name a folder of results: longer than {LONGEST} bytes; take a shorter path")
-    return folder
-
-
-def run_folder(profile: str) -> str:
-    """Where the results of a profile, a name or a file, go: ``runs/NAME``."""
-    return f"runs/{as_folder(Path(profile).name.removesuffix('.yaml'))}"
+def table(notebook: str) -> str:
+    """Names, defaults and help of a notebook's parameters, one a line."""
+    fields = model_of(notebook).model_fields
+    defaults = {name: json.dumps(field.default) for name, field in fields.items()}
+    wide, far = max(map(len, fields)), max(map(len, defaults.values()))
+    return "\n".join(f"{name:{wide}}  {defaults[name]:{far}}  {fields[name].description}" for name in fields)
 
 
 def _models(settings: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +182,7 @@ class Profile(BaseModel):
     model_config = ConfigDict(extra="forbid")
     models: Annotated[dict[Text, dict[str, dict[str, Any]]], Field(min_length=1), AfterValidator(_models)]
     arms: Annotated[list[Arm], Field(min_length=1), Distinct]
-    scenarios: Annotated[list[Scenario], Field(min_length=1), Distinct]
+    scenarios: Annotated[list[ScenarioName], Field(min_length=1), Distinct]
     notebooks: dict[str, dict[str, Any]]
 
     @property
@@ -210,17 +190,30 @@ class Profile(BaseModel):
         """The notebooks that draw what the scenarios give."""
         return ["08_figures"] + (["07_heatmaps"] if "collusion" in self.scenarios else [])
 
-    def parameters(self, notebook: str, scenario: str | None = None, model: str | None = None) -> dict[str, Any]:
-        """Checked parameters of one run: the notebook's, the scenario's, the model's; later ones win."""
+    def given(self, notebook: str, scenario: str | None = None, model: str | None = None) -> dict[str, Any]:
+        """What the profile says of one run: the notebook's, the scenario's, the model's; later ones win."""
         merged: dict[str, Any] = {}
         for source in (self.notebooks, self._own(model) if model else {}):
             for key in (notebook, f"{notebook}/{scenario}"):
                 merged |= source.get(key, {})
-        return check(notebook, merged)
+        return merged
+
+    def parameters(self, notebook: str, scenario: str | None = None, model: str | None = None) -> Any:
+        """All parameters of one run, checked."""
+        return check(notebook, self.given(notebook, scenario, model))
+
+    def of_model(self, name: str) -> "Profile":
+        """The profile for the model ``name`` alone: with what it has of its own if it is one of the profile's."""
+        return Profile.model_validate(self.model_dump() | {"models": {name: self._own(name)}})
 
     def _own(self, model: str) -> dict[str, dict[str, Any]]:
         # A shell may have made another path of it: ~/m.
         return next((own for name, own in self.models.items() if resolve(name) == resolve(model)), {})
+
+
+def run_folder(profile: str) -> str:
+    """Where the results of a profile, a name or a file, go: ``runs/NAME``."""
+    return f"runs/{as_folder(Path(profile).name.removesuffix('.yaml'))}"
 
 
 def read_profile(name: str) -> Profile:
@@ -252,11 +245,11 @@ def read_profile(name: str) -> Profile:
 def _checked_book(key: str, section: str) -> str:
     """The notebook of a profile's ``key``; raises ValueError where no run would look for the key."""
     book, slash, scenario = key.partition("/")
-    names = defaults_of(book)
+    names = model_of(book).model_fields
     if slash and "scenario" not in names:
         raise ValueError(f"{book} takes no scenario: the key is {book!r} alone")
-    if slash and scenario not in get_args(Scenario):
-        raise ValueError(f"no scenario {scenario!r} (there are: {', '.join(get_args(Scenario))})")
+    if slash and scenario not in SCENARIOS:
+        raise ValueError(f"no scenario {scenario!r} (there are: {', '.join(SCENARIOS)})")
     if section == "models" and "model" not in names:
         raise ValueError(f"{book} runs for all models at once: its settings belong under notebooks")
     return book

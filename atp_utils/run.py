@@ -1,7 +1,7 @@
 """``python -m atp_utils.run NOTEBOOK OUT [-p NAME VALUE ...]``: run one notebook headless, by papermill.
 
-Names and types are checked before anything starts. The executed notebook appears at OUT also when a cell
-fails. Progress bars are drawn on this terminal and kept out of the notebook.
+Without OUT the notebook's parameters are listed. Names and types are checked before anything starts. The executed
+notebook appears at OUT also when a cell fails. Progress bars are drawn on this terminal and kept out of the notebook.
 """
 
 import argparse
@@ -35,7 +35,12 @@ def run(notebook: str | Path, out: str | Path, values: dict) -> None:
     with tempfile.TemporaryDirectory(prefix="atp-", dir=socket_folder()) as sockets:
         transport = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
         papermill.execute_notebook(
-            str(source), str(target), checked, progress_bar=False, cwd=str(ROOT), config=transport
+            str(source),
+            str(target),
+            {name: getattr(checked, name) for name in values},
+            progress_bar=False,
+            cwd=str(ROOT),
+            config=transport,
         )
 
 
@@ -79,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; 2 for bad arguments, 1 for a notebook that failed."""
     parser = argparse.ArgumentParser(prog="python -m atp_utils.run", description=__doc__.split("\n\n")[0])
     parser.add_argument("notebook", help="e.g. notebooks/04_evolve_role_play.ipynb")
-    parser.add_argument("out", help="where the executed notebook goes")
+    parser.add_argument("out", nargs="?", help="where the executed notebook goes; left out: list the parameters")
     parser.add_argument(
         "-p",
         nargs=2,
@@ -91,13 +96,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--profile", help="take the notebook's parameters from profiles/PROFILE.yaml; -p wins")
     options = parser.parse_args(arguments)
-    given = {name: parameters.from_text(name, value) for name, value in options.values}
+    name = Path(options.notebook).stem
     try:
-        values = given
+        if not options.out:
+            print(parameters.table(name))
+            return 0
+        given = values = {key: parameters.from_text(name, key, value) for key, value in options.values}
         if options.profile:
             profile = parameters.read_profile(options.profile)
-            name = Path(options.notebook).stem
-            values = profile.parameters(name, given.get("scenario"), given.get("model")) | given
+            values = profile.given(name, given.get("scenario"), given.get("model")) | given
         run(options.notebook, options.out, values)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)

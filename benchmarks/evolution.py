@@ -15,11 +15,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from atp_utils import evolve, models, resolve, role_play
-from atp_utils.engine import Sampling
-from atp_utils.journal import Journal, write_frame
-from atp_utils.protocol import Protocol
-from atp_utils.transformers_engine import TransformersEngine
+from atp_utils import models, resolve
+from atp_utils.engines.transformers_engine import TransformersEngine
+from atp_utils.evolution import loop
+from atp_utils.evolution.journal import Journal
+from atp_utils.evolution.protocol import Protocol
+from atp_utils.evolution.requests import Sampling
+from atp_utils.scenarios import role_play
+from atp_utils.support.files import write_parquet
 
 
 class Recording:
@@ -40,7 +43,7 @@ def evolution(items, rounds, protocol):
     episodes = [role_play.episode(item, rounds=rounds, seed=0, protocol=protocol) for item in items]
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder)) as journal:
         start = time.perf_counter()
-        evolve.run(episodes, engine, journal)
+        loop.run(episodes, engine, journal)
         return time.perf_counter() - start, engine.requests, engine.engine.forward_tokens
 
 
@@ -81,7 +84,7 @@ def main():
             }
         )
         print(pd.DataFrame(rows).T.to_string(header=False), flush=True)
-    write_frame(resolve("runs/benchmarks/evolution.parquet"), pd.DataFrame(rows))
+    write_parquet(resolve("runs/benchmarks/evolution.parquet"), pd.DataFrame(rows))
 
 
 if __name__ == "__main__":

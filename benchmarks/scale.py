@@ -15,10 +15,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from atp_utils import collusion, decisions, evolve, resolve, role_play, stats
-from atp_utils.engine import ScriptedEngine
-from atp_utils.journal import Journal, write_frame
-from atp_utils.protocol import Protocol
+from atp_utils import resolve
+from atp_utils.analysis import stats
+from atp_utils.engines.scripted import ScriptedEngine
+from atp_utils.evolution import decisions
+from atp_utils.evolution import loop as evolve
+from atp_utils.evolution.journal import Journal
+from atp_utils.evolution.protocol import Protocol
+from atp_utils.scenarios import collusion, role_play
+from atp_utils.support.files import write_parquet
 
 CHOOSE = Protocol("choose")
 
@@ -91,7 +96,7 @@ def main():
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 rows.append(pool.apply(measure, (part, factor)))
             print(pd.DataFrame(rows).T.to_string(header=False), flush=True)
-    write_frame(resolve("runs/benchmarks/scale.parquet"), pd.DataFrame(rows))
+    write_parquet(resolve("runs/benchmarks/scale.parquet"), pd.DataFrame(rows))
 
 
 if __name__ == "__main__":

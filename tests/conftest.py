@@ -1,9 +1,10 @@
 import pytest
 import tiny_models
 
-from atp_utils import models, role_play
-from atp_utils.engine import Request
-from atp_utils.transformers_engine import TransformersEngine
+from atp_utils import models
+from atp_utils.engines.transformers_engine import TransformersEngine
+from atp_utils.evolution.requests import Request
+from atp_utils.scenarios import role_play
 
 # Minutes each, in processes of their own: they start first, so that no core waits for them at the end.
 LONGEST = ("test_pipeline", "test_paper_profile")

@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import openai._base_client
 import tenacity
 
-from atp_utils import openai_engine
-from atp_utils.engine import Request, Sampling
+from atp_utils.engines import openai_engine
+from atp_utils.evolution.requests import Request, Sampling
 
 KEY = "sk-very-secret-0123456789"
 YES, NO = '{"choice": "Yes"}', '{"choice": "No"}'

@@ -2,29 +2,27 @@ import json
 
 import pandas as pd
 import pytest
-from trainings import a_run
+from trainings import a_run, rows_of
 
-from atp_utils import align, evolve, models, role_play, train
-from atp_utils.engine import Sampling, ScriptedEngine
-from atp_utils.journal import Journal
-from atp_utils.parsing import answer_json
-from atp_utils.protocol import Protocol
+from atp_utils import models
+from atp_utils.engines.scripted import ScriptedEngine
+from atp_utils.evolution import loop
+from atp_utils.evolution.journal import Journal
+from atp_utils.evolution.parsing import answer_json
+from atp_utils.evolution.protocol import Protocol
+from atp_utils.evolution.requests import Sampling
+from atp_utils.scenarios import preferences, role_play
+from atp_utils.training import trainer
 
-CHOOSE = Protocol("choose")
 SETTINGS = {
     "learning_rate": 1e-3, "epochs": 1, "max_steps": 2, "batch_size": 2, "accumulation": 1, "beta": 0.1,
     "lora_rank": 2, "seed": 0, "save_steps": 1,
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def tokenizer(embedded):
-    return models.load_tokenizer(embedded)
-
-
 def test_rewards_are_the_papers(item):
     def reward(text):
-        return align.choice_reward(text, item.options, item.compliant)
+        return preferences.choice_reward(text, item.options, item.compliant)
 
     assert reward(answer_json(item.compliant)) == 1.0
     assert reward(f"Well: {answer_json(item.deviant)}") == 0.1
@@ -33,11 +31,11 @@ def test_rewards_are_the_papers(item):
     rows = [{"options": list(item.options), "compliant": item.compliant, "prefill": '{"choice": "'}] * 2
     texts = [f'{item.compliant}"}} and', f"{item.compliant}, then"]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    assert align.rewards(texts, **columns, prompts=["", ""]) == [1.0, 0.0]
+    assert preferences.rewards(texts, **columns, prompts=["", ""]) == [1.0, 0.0]
 
 
-def test_pairs_prefer_the_rule_and_have_no_history(splits, tokenizer):
-    rows = align.answer_pairs(splits[0], role_play.opening, tokenizer, CHOOSE)
+def test_pairs_prefer_the_rule_and_have_no_history(splits, embedded, tmp_path):
+    rows = rows_of(a_run("dpo", embedded, tmp_path), splits[0])
     assert len(rows) == 160
     for row, item in zip(rows, splits[0], strict=True):
         assert row["chosen"] == answer_json(item.compliant) and row["rejected"] == answer_json(item.deviant)
@@ -46,7 +44,7 @@ def test_pairs_prefer_the_rule_and_have_no_history(splits, tokenizer):
     assert sum(firsts) == 80
 
 
-def test_elicited_pairs_leave_the_added_instruction_out(splits, tokenizer, tmp_path):
+def test_elicited_pairs_leave_the_added_instruction_out(splits, tmp_path):
     items = splits[0][:2]
     protocol = Protocol("reason", max_attempts=2, sampling=Sampling(max_new_tokens=20))
 
@@ -58,29 +56,30 @@ def test_elicited_pairs_leave_the_added_instruction_out(splits, tokenizer, tmp_p
         fumbles = (item_id, option, attempt) == (items[0].id, items[0].deviant, "attempt0")
         return "Hm." if fumbles else f"I reason. {answer_json(wanted)}"
 
-    episodes = [align.elicitation(item, role_play.opening, protocol, 0) for item in items]
+    episodes = [preferences.elicitation(item, role_play.opening, protocol, 0) for item in items]
     with Journal(tmp_path) as journal:
-        found = evolve.run_all(episodes, ScriptedEngine(rule), journal)
+        found = loop.run_all(episodes, ScriptedEngine(rule), journal)
     assert journal.paid == 3 + 3
     assert found[1]["rejected"] is None and found[1]["chosen"]
-    [row] = align.elicited_pairs(found, tokenizer)
+    [row], counts = preferences.elicited_pairs(found)
+    assert counts == {"kept": 1, "without both replies": 1}
     assert row["chosen"] == f"I reason. {answer_json(items[0].compliant)}"
     assert row["rejected"] == f"I reason. {answer_json(items[0].deviant)}"
-    assert "exercise" not in row["prompt"] and items[0].prompt in row["prompt"]
+    assert row["messages"] == role_play.opening(items[0], protocol)
 
 
 def test_nothing_to_train_on(tmp_path, embedded):
     with pytest.raises(ValueError, match="nothing to train on"):
-        train.adapter(a_run("dpo", embedded, tmp_path / "dpo"), "dpo", [])
+        trainer.adapter(a_run("dpo", embedded, tmp_path / "dpo"), "dpo", [])
 
 
 class Killed(RuntimeError):
     pass
 
 
-def test_dpo_trains_resumes_and_is_not_repeated(splits, tokenizer, embedded, tmp_path, monkeypatch):
-    rows = align.answer_pairs(splits[0][:4], role_play.opening, tokenizer, CHOOSE)
-    whole = train.adapter(a_run("dpo", embedded, tmp_path / "whole", **SETTINGS), "dpo", rows)
+def test_dpo_trains_resumes_and_is_not_repeated(splits, embedded, tmp_path, monkeypatch):
+    rows = rows_of(a_run("dpo", embedded, tmp_path), splits[0][:4])
+    whole = trainer.adapter(a_run("dpo", embedded, tmp_path / "whole", **SETTINGS), "dpo", rows)
     assert list(whole.columns) == ["step", "loss", "margin", "accuracy"] and list(whole["step"]) == [1, 2]
     assert whole["loss"][0] == pytest.approx(0.6931, abs=1e-3)
 
@@ -91,10 +90,10 @@ def test_dpo_trains_resumes_and_is_not_repeated(splits, tokenizer, embedded, tmp
     out = tmp_path / "broken"
     run = a_run("dpo", embedded, out, **SETTINGS)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train._Bar, "on_save", killer, raising=False)
-        train.adapter(run, "dpo", rows)
+        patch.setattr(trainer._Bar, "on_save", killer, raising=False)
+        trainer.adapter(run, "dpo", rows)
     assert not (out / "manifest.json").exists()
-    resumed = train.adapter(run, "dpo", rows)
+    resumed = trainer.adapter(run, "dpo", rows)
     assert resumed["loss"].tolist() == pytest.approx(whole["loss"].tolist(), abs=2e-3)
 
     manifest = json.loads((out / "manifest.json").read_text())
@@ -105,32 +104,32 @@ def test_dpo_trains_resumes_and_is_not_repeated(splits, tokenizer, embedded, tmp
     def never(*_, **__):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(train, "ExactDPOTrainer", never)
-    monkeypatch.setattr(train, "made_by", lambda: {"commit": "a later one"})
+    monkeypatch.setattr(trainer, "ExactDPOTrainer", never)
+    monkeypatch.setattr(trainer, "made_by", lambda: {"commit": "a later one"})
     # Snakemake removes a job's output before it runs the job again.
     (out / "manifest.json").unlink()
-    pd.testing.assert_frame_equal(train.adapter(run, "dpo", rows), resumed)
+    pd.testing.assert_frame_equal(trainer.adapter(run, "dpo", rows), resumed)
     assert json.loads((out / "manifest.json").read_text()) == manifest
 
     # Another training, other rows or other code don't take its place unless they are told to, and lose nothing then.
     with pytest.raises(FileExistsError, match="beta: '0.1', asked '0.2'"):
-        train.adapter(a_run("dpo", embedded, out, **SETTINGS | {"beta": 0.2}), "dpo", rows)
+        trainer.adapter(a_run("dpo", embedded, out, **SETTINGS | {"beta": 0.2}), "dpo", rows)
     with pytest.raises(FileExistsError, match="rows_sha256"):
-        train.adapter(run, "dpo", rows[:3])
+        trainer.adapter(run, "dpo", rows[:3])
     with monkeypatch.context() as patch, pytest.raises(FileExistsError, match="code: "):
-        patch.setattr(train, "code_of", lambda *_: "edited")
-        train.check(run, "dpo")
+        patch.setattr(trainer, "code_of", lambda *_: "edited")
+        trainer.check(run, "dpo")
     before = (out / "adapter_model.safetensors").read_bytes()
     with pytest.raises(AssertionError, match="trained again"):
-        train.adapter(a_run("dpo", embedded, out, **SETTINGS | {"beta": 0.2}, overwrite=True), "dpo", rows)
+        trainer.adapter(a_run("dpo", embedded, out, **SETTINGS | {"beta": 0.2}, overwrite=True), "dpo", rows)
     assert (tmp_path / ".replaced-broken-1/adapter_model.safetensors").read_bytes() == before
 
 
-def test_grpo_trains_on_what_the_reward_says(splits, tokenizer, embedded, tmp_path):
-    rows = align.reward_rows(splits[0][:4], role_play.opening, tokenizer, CHOOSE, prefill='{"choice": "')
+def test_grpo_trains_on_what_the_reward_says(splits, embedded, tmp_path):
+    rows = rows_of(a_run("grpo", embedded, tmp_path), splits[0][:4])
     assert all(row["prompt"].endswith('assistant\n{"choice": "') for row in rows)
     changes = SETTINGS | {"max_steps": 1, "batch_size": 1, "group_size": 4, "max_new_tokens": 4, "beta": 0.04}
-    log = train.adapter(a_run("grpo", embedded, tmp_path, **changes), "grpo", rows)
+    log = trainer.adapter(a_run("grpo", embedded, tmp_path, **changes), "grpo", rows)
     assert list(log.columns) == ["step", "loss", "reward", "kl", "dead_groups"]
     assert 0 <= log["reward"][0] <= 1 and log["dead_groups"][0] in (0, 1)
     models.check_adapter(tmp_path, embedded)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_utils.answers import canonical, exact, extract_answer, is_correct, parse_number, visible
-from atp_utils.tool_calls import read_answer
+from atp_utils.problems.answers import canonical, exact, extract_answer, is_correct, parse_number, visible
+from atp_utils.scenarios.tool_use.calls import read_answer
 
 READ = {
     "42": 42,

@@ -11,10 +11,10 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AddedToken, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp_utils.chat_template import decode, encode, fingerprint, render, tokenised, turn_end
-from atp_utils.engine import DATE, Request, Sampling
-from atp_utils.parsing import divide, split_thinking
-from atp_utils.transformers_engine import TransformersEngine
+from atp_utils.engines.transformers_engine import TransformersEngine
+from atp_utils.evolution.parsing import divide, split_thinking
+from atp_utils.evolution.requests import DATE, Request, Sampling
+from atp_utils.models.chat_template import decode, encode, fingerprint, render, tokenised, turn_end
 
 USER = [{"role": "user", "content": "U"}]
 CHAT = [{"role": "system", "content": "S"}, *USER]
@@ -125,7 +125,7 @@ def test_templates_that_ask_the_clock_get_a_fixed_date(template, monkeypatch):
     if template == CLOCK:
         assert text == "system Suser U 2024-07-26 26 Jul 2024"
     before = fingerprint(tokenizer)
-    monkeypatch.setattr("atp_utils.chat_template._CLOCK", "{%- macro strftime_now(f) -%}1999{%- endmacro +%}")
+    monkeypatch.setattr("atp_utils.models.chat_template._CLOCK", "{%- macro strftime_now(f) -%}1999{%- endmacro +%}")
     assert (fingerprint(tokenizer) != before) == (template != "llama3_2")
 
 

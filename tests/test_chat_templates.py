@@ -11,15 +11,20 @@ import pytest
 import torch
 from tiny_models import FAMILIES, STOPS, template
 
-from atp_utils import collusion, evolve, models, role_play, tool_items, tool_use
-from atp_utils.chat_template import render
-from atp_utils.engine import DATE, Request, Sampling, ScriptedEngine
-from atp_utils.journal import Journal
-from atp_utils.parsing import answer_json, ends_thinking, parse_choice, split_thinking
-from atp_utils.protocol import Protocol
+from atp_utils import models
+from atp_utils.engines.scripted import ScriptedEngine
+from atp_utils.engines.transformers_engine import TransformersEngine
+from atp_utils.evolution import loop
+from atp_utils.evolution.journal import Journal
+from atp_utils.evolution.parsing import answer_json, ends_thinking, parse_choice, split_thinking
+from atp_utils.evolution.protocol import Protocol
+from atp_utils.evolution.requests import DATE, Request, Sampling
+from atp_utils.models.chat_template import render
 from atp_utils.sandbox import ToolResult
-from atp_utils.tool_calls import read_answer
-from atp_utils.transformers_engine import TransformersEngine
+from atp_utils.scenarios import collusion, role_play
+from atp_utils.scenarios.tool_use import episodes as tool_use
+from atp_utils.scenarios.tool_use import items as tool_items
+from atp_utils.scenarios.tool_use.calls import read_answer
 
 SCENARIOS = ("role_play", "collusion", "tool_use")
 PROTOCOLS = ("choose", "reason")
@@ -59,7 +64,7 @@ def episodes(scenario, protocol, **ways):
         return [collusion.episode(item, rounds=3, seed=0, protocol=protocol, **ways) for item in grid]
     drawn = [tool_items.draw_problems(kind, 12)[0] for kind in ("simple", "complex")]
     items = [item for part in drawn for item in tool_items.make_items(part, test=6)[1]]
-    setting = tool_items.Setting(rounds=2, simple_per_round=2, complex_per_round=2)
+    setting = tool_items.Evolution(rounds=2, simple_per_round=2, complex_per_round=2)
     tool = {"run_tool": lambda code: ToolResult("ok", "1\n", "", 0.0)}
     return [tool_use.episode(items, setting=setting, seed=seed, protocol=protocol, **tool) for seed in (0, 1)]
 
@@ -93,7 +98,7 @@ def thoughtful(request):
 def play(scenario, protocol, engine, tmp_path, **ways):
     engine = Listening(engine) if isinstance(engine, ScriptedEngine) else engine
     with Journal(tmp_path) as journal:
-        rows = evolve.run(episodes(scenario, protocol, **ways), engine, journal)
+        rows = loop.run(episodes(scenario, protocol, **ways), engine, journal)
     return rows, engine.heard
 
 
@@ -302,7 +307,7 @@ def test_a_block_that_the_prompt_opens_is_in_the_reply(tiny, tmp_path, item):
     assert reply.text.startswith("<think>") and reply.finish_reason == "length"
     assert parse_choice(reply.text + answer_json(item.compliant), item.options) is None
     [(_, scored)] = engine.answer([Request("k", chat, 0, tuple(map(answer_json, item.options)))])
-    assert scored.text.startswith('{"choice"')
+    assert len(scored.logprobs) == 2
 
 
 def test_options_are_not_scored_as_thoughts(tiny, tmp_path, item):

@@ -9,11 +9,12 @@ import pytest
 
 import atp_utils
 from atp_utils import ROOT
-from atp_utils.code_digest import closure, code_digest
+from atp_utils.scenarios.registry import SCENARIOS, source
+from atp_utils.support.code_digest import closure, code_digest
 
 BOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 # What a run imports or starts late, by the end of its path: an engine when it is opened, the sandbox's other process.
-LATE = ("/transformers_engine.py", "/openai_engine.py", "/transformers.py", "/openai.py", "/_sandbox_worker.py")
+LATE = ("/transformers_engine.py", "/openai_engine.py", "/worker.py")
 LOADED = """
 import ast, json, sys
 for path in json.load(sys.stdin):
@@ -42,19 +43,20 @@ def loaded():
 
 @pytest.mark.parametrize("book", BOOKS)
 def test_the_closure_is_what_the_interpreter_loads_and_what_comes_late(book, loaded):
-    found = set(closure(f"notebooks/{book}.ipynb"))
+    # The registry loads every scenario by a name that is put together; whoever takes a digest adds the one it runs.
+    registry = "atp_utils/scenarios/registry.py" in loaded[book]
+    found = set(closure(f"notebooks/{book}.ipynb", *(map(source, SCENARIOS.values()) if registry else ())))
     assert loaded[book] <= found and len(loaded[book]) > 3
     late = closure(*(path for path in found - loaded[book] if path.endswith(LATE)))
     assert found - loaded[book] <= set(late)
 
 
 def test_what_is_reached_by_name_is_found():
-    assert any(path.endswith("/_sandbox_worker.py") for path in closure("notebooks/05_evolve_tool_use.ipynb"))
+    assert "atp_utils/sandbox/worker.py" in closure(source(SCENARIOS["tool_use"]))
     # Launched training runs the module by name.
-    assert any(path.endswith("/train.py") for path in closure("notebooks/03_align_grpo.ipynb"))
-    assert not any(
-        path.endswith(("/train.py", "/_sandbox_worker.py")) for path in closure("notebooks/07_heatmaps.ipynb")
-    )
+    assert "atp_utils/training/trainer.py" in closure("notebooks/03_align_grpo.ipynb")
+    drawing = closure("notebooks/07_heatmaps.ipynb")
+    assert not {"atp_utils/training/trainer.py", "atp_utils/sandbox/worker.py"} & set(drawing)
 
 
 @pytest.fixture
@@ -63,11 +65,11 @@ def package(tmp_path, monkeypatch):
     monkeypatch.setattr(atp_utils, "ROOT", tmp_path)
 
     def write(*cells, **modules):
-        for name, source in {"__init__": "", "engines____init__": "", **modules}.items():
+        for name, text in {"__init__": "", "engines____init__": "", **modules}.items():
             path = tmp_path / "atp_utils" / ("engines/" * name.startswith("engines__") + name.removeprefix("engines__"))
             path = path.with_name(path.name + ".py")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(source)
+            path.write_text(text)
         book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
         nbformat.write(book, tmp_path / "book.ipynb")
         return [path.removeprefix("atp_utils/").removesuffix(".py") for path in closure("book.ipynb")]
@@ -107,7 +109,7 @@ def test_imports_in_a_ring_end(package):
 
 
 @pytest.mark.parametrize(
-    ("source", "same"),
+    ("text", "same"),
     [
         ("x = 1\n", True),
         ("# why\nx = (1)\n", True),
@@ -117,10 +119,10 @@ def test_imports_in_a_ring_end(package):
         ('x = 1\n"""A string, not a docstring"""', False),
     ],
 )
-def test_the_digest_is_of_code(tmp_path, source, same):
+def test_the_digest_is_of_code(tmp_path, text, same):
     first, second = tmp_path / "a.py", tmp_path / "b.py"
     first.write_text("x = 1")
-    second.write_text(source)
+    second.write_text(text)
     assert (code_digest(first) == code_digest(second)) is same
 
 

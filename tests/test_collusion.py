@@ -10,12 +10,16 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_utils import collusion, evolve, files, resolve
-from atp_utils.decisions import to_frame
-from atp_utils.engine import Sampling, ScriptedEngine
-from atp_utils.journal import Journal
-from atp_utils.parsing import answer_json
-from atp_utils.protocol import Protocol
+from atp_utils import resolve
+from atp_utils.engines.scripted import ScriptedEngine
+from atp_utils.evolution import loop
+from atp_utils.evolution.decisions import to_frame
+from atp_utils.evolution.journal import Journal
+from atp_utils.evolution.parsing import answer_json
+from atp_utils.evolution.protocol import Protocol
+from atp_utils.evolution.requests import Sampling
+from atp_utils.scenarios import collusion
+from atp_utils.support import files
 
 DEFAULT = (1.2, 1.0, 0.8)
 CHOOSE = Protocol("choose")
@@ -39,7 +43,7 @@ def run(folder, items, rule, *, rounds=3, seeds=(0,), protocol=CHOOSE, **setting
         collusion.episode(i, rounds=rounds, seed=s, protocol=protocol, **settings) for s in seeds for i in items
     ]
     with Journal(folder) as journal:
-        return evolve.run(episodes, engine, journal), engine
+        return loop.run(episodes, engine, journal), engine
 
 
 def prefers(option):
@@ -344,21 +348,6 @@ def test_payoffs_of_decisions_are_multiplicative(tmp_path, games):
 def test_settings_that_cannot_be_played(games, settings, message):
     with pytest.raises(ValueError, match=message):
         collusion.make_grid(games, **settings)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"rounds": 0}, "rounds"),
-        ({"seed": -1}, "seed"),
-        ({"visibility": "thoughts"}, "visibility must be one of choices, full replies"),
-        ({"fixed_colluders": 8}, r"fixed_colluders must lie in 0\.\.7"),
-        ({"fixed_colluders": -1}, "fixed_colluders"),
-    ],
-)
-def test_episodes_are_refused_before_they_start(item, settings, message):
-    with pytest.raises(ValueError, match=message):
-        collusion.episode(item, **{"rounds": 3, "seed": 0, "protocol": CHOOSE} | settings)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pandas as pd
 
-from atp_utils.decisions import Decision, to_frame
+from atp_utils.evolution.decisions import Decision, to_frame
 
 
 def test_missing_values_stay_apart_from_false_and_zero():

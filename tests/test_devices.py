@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from trainings import a_run
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from atp_utils import launch, models, resolve, train
+from atp_utils import models, parameters, resolve
+from atp_utils.training import launch, trainer
 
 TWO = "tests/two_cpus.yaml"
 SHIPPED = sorted(resolve(launch.CONFIGURATIONS).glob("*.yaml"))
@@ -56,9 +57,9 @@ def tiny(embedded, tmp_path_factory):
 
 def train_both(method: str, tiny: str, out: Path, launcher: str = ""):
     if method == "dpo":
-        return train.adapter(a_run("dpo", tiny, out, **SETTINGS, launcher=launcher), "dpo", PAIRS)
-    run = a_run("grpo", tiny, out, **SETTINGS, group_size=2, max_new_tokens=2, launcher=launcher)
-    return train.adapter(run, "grpo", PROBLEMS, "preference")
+        return trainer.adapter(a_run("dpo", tiny, out, **SETTINGS, launcher=launcher), "dpo", PAIRS)
+    changes = {"scenario": "tool_use", "group_size": 2, "max_new_tokens": 2, "launcher": launcher}
+    return trainer.adapter(a_run("grpo", tiny, out, **SETTINGS, **changes), "grpo", PROBLEMS)
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_two_processes_train_what_one_does_also_after_a_kill(method, layout, tin
     out = tmp_path / "launched"
     with pytest.raises(RuntimeError, match=r"(?s)yaml, failed .*rank +: 1 .*SIGKILL.*memory runs out.*output.log"):
         train_both(method, tiny, out, launcher)
-    assert not (out / train.LOG).exists() and not (out / "manifest.json").exists()
+    assert not (out / trainer.LOG).exists() and not (out / "manifest.json").exists()
     [checkpoint] = (out / "checkpoints" / layout).glob("checkpoint-*/trainer_state.json")
     assert KILLED_AT - 1 <= json.loads(checkpoint.read_text())["global_step"] < STEPS
     assert (checkpoint.parent / "pytorch_model_fsdp.bin").exists() == (layout == "fsdp")
@@ -135,7 +136,7 @@ def test_shipped_configurations_are_accelerates(path, monkeypatch):
 def test_launchers_that_cannot_start_are_refused_before_anything_is_written(tiny, tmp_path, monkeypatch):
     def refused(error: type[Exception], message: str, launcher: str, **changes):
         with pytest.raises(error, match=message):
-            train.check(a_run("dpo", tiny, tmp_path / "out", **SETTINGS | changes, launcher=launcher), "dpo")
+            trainer.check(a_run("dpo", tiny, tmp_path / "out", **SETTINGS | changes, launcher=launcher), "dpo")
         assert not (tmp_path / "out").exists()
 
     def written(old: str, new: str) -> str:
@@ -159,37 +160,39 @@ def test_the_notebooks_error_ends_with_the_launched_ones(tiny, tmp_path):
     with pytest.raises(
         RuntimeError, match=r"(?s)dpo .* failed \(exit status 1\).*KeyError.*All of its output: output.log"
     ):
-        train.adapter(a_run("dpo", tiny, tmp_path, **SETTINGS, launcher=TWO), "dpo", rows)
+        trainer.adapter(a_run("dpo", tiny, tmp_path, **SETTINGS, launcher=TWO), "dpo", rows)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 def test_a_step_sees_as_many_rows_on_any_number_of_processes(processes, tmp_path, monkeypatch):
-    training = train.Training(**SETTINGS | {"accumulation": 8, "group_size": 4, "max_new_tokens": 2, "max_steps": 0})
+    changes = SETTINGS | {"accumulation": 8, "max_steps": 0}
+    given = parameters.Dpo(**changes)
     tokenizer = models.load_tokenizer(models.EMBEDDED)
-    alone = train.dpo_arguments(tmp_path, PAIRS * 8, training)
-    monkeypatch.setattr(train, "_processes", lambda: processes)
-    monkeypatch.setattr(train.GRPOConfig, "world_size", processes)
-    dpo = train.dpo_arguments(tmp_path, PAIRS * 8, training)
+    alone = trainer.dpo_arguments(tmp_path, PAIRS * 8, given)
+    monkeypatch.setattr(trainer, "_processes", lambda: processes)
+    monkeypatch.setattr(trainer.GRPOConfig, "world_size", processes)
+    dpo = trainer.dpo_arguments(tmp_path, PAIRS * 8, given)
     assert dpo.per_device_train_batch_size * dpo.gradient_accumulation_steps * processes == 8
     assert dpo.max_steps == alone.max_steps == 6
-    grpo = train.grpo_arguments(tmp_path, PAIRS * 8, training, tokenizer)
+    given = parameters.Grpo(**changes, group_size=4, max_new_tokens=2)
+    grpo = trainer.grpo_arguments(tmp_path, PAIRS * 8, given, tokenizer)
     assert grpo.generation_batch_size == 8 * 4 and grpo.max_steps == 6
 
 
 def test_vllm_is_refused_where_it_is_not_installed(tiny, tmp_path, monkeypatch):
     run = a_run("grpo", tiny, tmp_path / "out", **SETTINGS, group_size=2, max_new_tokens=5, use_vllm=True)
-    monkeypatch.setattr(train, "is_vllm_available", lambda: False)
+    monkeypatch.setattr(trainer, "is_vllm_available", lambda: False)
     with pytest.raises(ValueError, match=r"use_vllm is true, and vLLM isn't installed: pip install trl\[vllm\]"):
-        train.check(run, "grpo")
+        trainer.check(run, "grpo")
     assert not (tmp_path / "out").exists()
 
 
 def test_vllm_shares_the_training_gpus_and_keeps_room_for_the_longest_chat(tmp_path):
     tokenizer = models.load_tokenizer(models.EMBEDDED)
     rows = [{"prompt": "a"}, {"prompt": "one two three four"}]
-    training = train.Training(**SETTINGS, group_size=2, max_new_tokens=5, use_vllm=True)
-    arguments = train.grpo_arguments(tmp_path, rows, training, tokenizer)
+    given = parameters.Grpo(**SETTINGS, group_size=2, max_new_tokens=5, use_vllm=True)
+    arguments = trainer.grpo_arguments(tmp_path, rows, given, tokenizer)
     assert arguments.use_vllm and arguments.vllm_mode == "colocate"
     assert arguments.vllm_max_model_length == len(tokenizer("one two three four")["input_ids"]) + 5
-    plain = train.grpo_arguments(tmp_path, rows, train.Training(**SETTINGS, group_size=2), tokenizer)
+    plain = trainer.grpo_arguments(tmp_path, rows, parameters.Grpo(**SETTINGS, group_size=2), tokenizer)
     assert not plain.use_vllm and plain.vllm_max_model_length is None

@@ -2,7 +2,10 @@ import math
 
 import pytest
 
-from atp_utils.engine import Request, Sampling, ScriptedEngine, collapse, defuse, derive_seed, draw, normalise
+from atp_utils.engines.scripted import ScriptedEngine
+from atp_utils.evolution.parsing import defuse
+from atp_utils.evolution.protocol import draw, normalise
+from atp_utils.evolution.requests import Request, Sampling, collapse, derive_seed
 
 CHAT = [{"role": "user", "content": "?"}]
 
@@ -16,17 +19,17 @@ def test_seeds_are_stable_and_distinct():
 
 def test_normalise_is_a_softmax():
     assert normalise([math.log(1), math.log(3)]) == pytest.approx([0.25, 0.75])
-    assert normalise([-1e4, -1e4]) == [0.5, 0.5]
-    assert normalise([0.0, -math.inf]) == [1.0, 0.0]
+    assert normalise([-1e4, -1e4]) == (0.5, 0.5)
+    assert normalise([0.0, -math.inf]) == (1.0, 0.0)
     with pytest.raises(ValueError, match="finite"):
         normalise([-math.inf, -math.inf])
 
 
 def test_draws_follow_the_probabilities():
-    counts = sum(draw([math.log(0.2), math.log(0.8)], seed) for seed in range(2000))
+    counts = sum(draw([0.2, 0.8], seed) for seed in range(2000))
     # Binomial(2000, 0.8): 1600 with standard deviation 18; five of these either way.
     assert 1510 < counts < 1690
-    assert draw([0.0, -math.inf], 7) == 0
+    assert draw([1.0, 0.0], 7) == 0
 
 
 def test_forced_choices_share_work_and_free_text_shares_it_only_with_its_seed():
@@ -40,7 +43,7 @@ def test_forced_choices_share_work_and_free_text_shares_it_only_with_its_seed():
 def test_scripted_engine_counts_what_a_model_would_pay_for():
     engine = ScriptedEngine(lambda request: (1.0, 0.0))
     replies = dict(engine.answer([Request(f"k{i}", CHAT, i, ("a", "b")) for i in range(8)]))
-    assert {reply.text for reply in replies.values()} == {"a"} and len(replies) == 8
+    assert {reply.logprobs for reply in replies.values()} == {(0.0, -math.inf)} and len(replies) == 8
     assert engine.answered == 1
 
 

@@ -5,11 +5,15 @@ from collections import Counter
 
 import pandas as pd
 import pytest
+import yaml
 from fault_server import KEY, chat, choice, running
 
-from atp_utils import engines, folders, journal, openai_wire, run
-from atp_utils.engine import Reply, Request
-from atp_utils.engines import Servers, open_engine
+from atp_utils import engines, run
+from atp_utils.engines import Servers, open_engine, openai_wire
+from atp_utils.evolution import journal
+from atp_utils.evolution.requests import Reply, Request
+from atp_utils.support import folders
+from atp_utils.support.manifest import MANIFEST
 
 ITEMS, ROUNDS = 3, 2
 NOBODY = "http://127.0.0.1:9/v1"
@@ -30,16 +34,9 @@ def start(monkeypatch):
 @pytest.mark.parametrize(
     ("arm", "adapter", "servers", "message"),
     [
-        ("base", "runs/a", Servers(), "base takes no adapter"),
-        ("dpo", "", Servers(), "dpo and grpo need one, or urls"),
-        (
-            "dpo",
-            "runs/a",
-            Servers([NOBODY]),
-            "together with urls.*--lora-modules role_play-dpo=runs/a",
-        ),
-        ("grpo", "runs/a", Servers([NOBODY], "mine"), "asked for as 'mine'"),
-        ("base", "", Servers(served_name="mine"), "served_name 'mine' without urls"),
+        ("base", "runs/a", "", "base takes no adapter"),
+        ("dpo", "", "", "dpo and grpo need one, or servers"),
+        ("dpo", "runs/a", NOBODY, "together with servers.*--lora-modules role_play-dpo=runs/a"),
     ],
 )
 def test_arm_adapter_and_servers_must_fit(tmp_path, arm, adapter, servers, message):
@@ -48,34 +45,50 @@ def test_arm_adapter_and_servers_must_fit(tmp_path, arm, adapter, servers, messa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("arm", "served_name", "asked"),
-    [("base", "", "toy"), ("dpo", "", "role_play-dpo"), ("grpo", "mine", "mine"), ("base", "mine", "mine")],
-)
-def test_an_arm_is_asked_for_by_name(start, tmp_path, arm, served_name, asked):
+def test_servers_are_addresses_or_a_file(tmp_path):
+    assert Servers.of("") is None and Servers.of(f"{NOBODY}, http://h:1/v1/").urls == [NOBODY, "http://h:1/v1"]
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"urls: [{NOBODY}]\nnames: {{base: b, role_play-dpo: mine}}\nconcurrency: 3\n")
+    served = Servers.of(str(path))
+    assert served.concurrency == 3 and served.key_variable == ""
+    names = [served.name_of("m", "role_play", arm) for arm in ("base", "dpo", "grpo")]
+    assert names == ["b", "mine", "role_play-grpo"]
+    for wrong, message in (("urls: []", "urls: List should have"), (f"urls: [{NOBODY}]\nkey: {KEY}", "line 2, key")):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=rf"mine\.yaml: .*{message}") as error:
+            Servers.of(str(path))
+        assert KEY not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="there.yaml"):
+        Servers.of("not/there.yaml")
+
+
+@pytest.mark.parametrize(("arm", "asked"), [("base", "toy"), ("dpo", "role_play-dpo")])
+def test_an_arm_is_asked_for_by_name(start, tmp_path, arm, asked):
     server = start(names=[asked, "other"])
-    engine = open_engine("toy", "role_play", arm, "", Servers([server.url], served_name), tmp_path)
+    engine = open_engine("toy", "role_play", arm, "", server.url, tmp_path)
     assert (engine.model, engine.identity) == (asked, f"{asked}|root=weights/{asked}|sent={openai_wire.form()}")
     server.models["data"].pop(0)
     with pytest.raises(ValueError, match=f"serves 'other', not '{asked}'"):
-        open_engine("toy", "role_play", arm, "", Servers([server.url], served_name), tmp_path / "new")
+        open_engine("toy", "role_play", arm, "", server.url, tmp_path / "new")
 
 
 def test_a_record_of_the_same_model_is_opened_without_its_servers(start, tmp_path, monkeypatch):
-    servers = Servers([start(names=["toy", "other"]).url])
+    servers = start(names=["toy", "other"]).url
     engine = open_engine("toy", "role_play", "base", "", servers, tmp_path)
     with pytest.raises(ConnectionError):  # no reply came of it yet
-        open_engine("toy", "role_play", "base", "", Servers([NOBODY]), tmp_path)
+        open_engine("toy", "role_play", "base", "", NOBODY, tmp_path)
     with journal.Journal(tmp_path) as record:
-        record.put("d", Request("k", [], 0), Reply("x"))
-    moved = open_engine("toy", "role_play", "base", "", Servers([NOBODY]), tmp_path)
+        record.put(Request("k", [], 0), engine.identity, Reply("x"))
+    moved = open_engine("toy", "role_play", "base", "", NOBODY, tmp_path)
     assert moved.identity == engine.identity
-    for other in (Servers([NOBODY], "other"), Servers([NOBODY], tokenizer="toy")):
+    for number, other in enumerate(("names: {base: other}", "tokenizer: toy")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(f"urls: [{NOBODY}]\n{other}\n")
         with pytest.raises(ConnectionError):
-            open_engine("toy", "role_play", "base", "", other, tmp_path)
+            open_engine("toy", "role_play", "base", "", str(path), tmp_path)
     with monkeypatch.context() as patch, pytest.raises(ConnectionError):  # they were asked in another way
         patch.setattr(openai_wire, "form", lambda *_: "other")
-        open_engine("toy", "role_play", "base", "", Servers([NOBODY]), tmp_path)
+        open_engine("toy", "role_play", "base", "", NOBODY, tmp_path)
     (tmp_path / engines.SERVED).write_text("{")
     with pytest.raises(ValueError, match=r"served\.json: not valid"):
         open_engine("toy", "role_play", "base", "", servers, tmp_path)
@@ -92,7 +105,10 @@ def scores(body):
 
 def play(folder, capfd, server, **values):
     """Run notebook 4 as the command line does: (exit status, what it printed)."""
-    values = {"model": "toy", "urls": [server], "key_variable": "ATP_TEST_KEY", "concurrency": 1} | values
+    names = {"tokenizer", "key_variable"} & values.keys()
+    served = {"urls": [server], "key_variable": "ATP_TEST_KEY", "concurrency": 1} | {n: values.pop(n) for n in names}
+    (folder / "servers.yaml").write_text(yaml.safe_dump(served))
+    values = {"model": "toy", "servers": str(folder / "servers.yaml")} | values
     values |= {"items": ITEMS, "rounds": ROUNDS, "out": str(folder / "run")}
     given = [word for name, value in values.items() for word in ("-p", name, json.dumps(value).strip('"'))]
     status = run.main(["notebooks/04_evolve_role_play.ipynb", str(folder / "executed.ipynb"), *given])
@@ -122,14 +138,14 @@ def test_a_served_notebook_goes_on_where_its_server_died(
     server.key = KEY
     status, first = play(tmp_path, capfd, server.url, **ways)
     assert status == 1 and "ConnectionError" in first and "run again to go on" in first, first
-    kept = journal.read_replies(tmp_path / "run" / journal.REPLIES)
+    kept = journal.read_record(tmp_path / "run" / journal.REPLIES).replies
     probes = 1 if tokenizer else 0
     assert len(kept) == len(server.served) - probes == 4 - probes
-    assert not (tmp_path / "run" / journal.MANIFEST).exists()
+    assert not (tmp_path / "run" / MANIFEST).exists()
 
     server.broken, server.rule = None, rule
     assert play(tmp_path, capfd, server.url, **ways)[0] == 0
-    manifest = json.loads((tmp_path / "run" / journal.MANIFEST).read_text())
+    manifest = json.loads((tmp_path / "run" / MANIFEST).read_text())
     assert manifest["counts"]["replayed"] == len(kept)
     assert manifest["counts"]["answered_now"] == ITEMS * ROUNDS - len(kept)
     assert manifest["finish_reasons"] == {reason: ITEMS * ROUNDS} and manifest["identity"].startswith("toy|root=")
@@ -141,12 +157,12 @@ def test_a_served_notebook_goes_on_where_its_server_died(
     assert table["p_deviate"].notna().all() == (protocol == "choose")
 
     # A replay needs no server, no key, and no manifest.
-    (tmp_path / "run" / journal.MANIFEST).unlink()
+    (tmp_path / "run" / MANIFEST).unlink()
     monkeypatch.delenv("ATP_TEST_KEY")
     assert play(tmp_path, capfd, NOBODY, **ways)[0] == 0
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "run" / journal.DECISIONS), table)
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(files) == 6 and not any(KEY.encode() in file.read_bytes() for file in files)
+    assert len(files) == 7 and not any(KEY.encode() in file.read_bytes() for file in files)
 
 
 def test_a_served_notebook_is_refused_before_a_token_is_paid_for(start, tmp_path, monkeypatch, capfd):
@@ -164,12 +180,12 @@ def test_a_served_notebook_is_refused_before_a_token_is_paid_for(start, tmp_path
     "values",
     [
         {"key_variable": KEY},
-        {"urls": [f"http://me:{KEY}@127.0.0.1/v1"]},
-        {"urls": [f"me:{KEY}@127.0.0.1"]},
-        {"urls": f"http://127.0.0.1/v1?key={KEY}"},
+        {"servers": f"http://me:{KEY}@127.0.0.1/v1"},
+        {"servers": f"me:{KEY}@127.0.0.1"},
+        {"servers": f"http://127.0.0.1/v1?key={KEY}"},
     ],
 )
 def test_a_key_among_the_parameters_is_refused_and_not_repeated(tmp_path, capfd, values):
     status, output = play(tmp_path, capfd, NOBODY, **values)
-    assert status == 2 and f"parameter {next(iter(values))}" in output and KEY not in output
-    assert not list(tmp_path.iterdir())
+    assert status == 2 and "servers" in output and KEY not in output
+    assert [path.name for path in tmp_path.iterdir()] == ["servers.yaml"]

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 from trl import DPOTrainer, GRPOTrainer
 
 from atp_utils import models
-from atp_utils.chat_template import turn_end
-from atp_utils.exact_trainers import ExactDPOTrainer, ExactGRPOTrainer, preference_ids
+from atp_utils.models.chat_template import turn_end
+from atp_utils.training.exact_trainers import ExactDPOTrainer, ExactGRPOTrainer, preference_ids
 
 BEGIN, END, TURN = "<|endoftext|>", "<|endoftext|>", "<|im_end|>"
 ROW = {"prompt": "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n", "chosen": "Yes.", "rejected": "No, no."}

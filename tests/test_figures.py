@@ -14,9 +14,19 @@ import pandas as pd
 import papermill
 import pytest
 
-from atp_utils import ROOT, figures, plots, records, resolve, stats, tables, tipping, tool_tables
-from atp_utils.decisions import Decision, to_frame
-from atp_utils.engine import Reply
+from atp_utils import ROOT, resolve
+from atp_utils.analysis import (
+    figures,
+    plots,
+    positions,
+    stats,
+    tables,
+    tipping,
+    tool_use_tables,
+)
+from atp_utils.evolution.decisions import Decision, to_frame
+from atp_utils.evolution.journal import read_replies
+from atp_utils.evolution.requests import Reply
 
 RESULTS = resolve("data/results/laptop/evolution")
 MODELS = ("Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct")
@@ -74,16 +84,16 @@ def all_tables(decisions):
         ("role_play", "table 1"): stats.round_columns(stats.rate_table(role_play)),
         ("role_play", "drift"): tables.drift(role_play),
         ("role_play", "benefit"): tables.benefit(role_play),
-        ("role_play", "position"): records.position_table(role_play, replies(role_play)),
-        ("tool_use", "table 2"): tool_tables.table2(tool_use),
-        ("tool_use", "drift"): tool_tables.drift_columns(tool_use),
-        ("tool_use", "spread"): tool_tables.agent_spread(tool_use),
-        ("tool_use", "spread of P"): tool_tables.agent_spread(tool_use, "P(tool)"),
-        ("tool_use", "position"): records.position_table(tool_use, replies(tool_use)),
+        ("role_play", "position"): positions.position_table(role_play, replies(role_play)),
+        ("tool_use", "table 2"): tool_use_tables.table2(tool_use),
+        ("tool_use", "drift"): tool_use_tables.drift_columns(tool_use),
+        ("tool_use", "spread"): tool_use_tables.agent_spread(tool_use),
+        ("tool_use", "spread of P"): tool_use_tables.agent_spread(tool_use, "P(tool)"),
+        ("tool_use", "position"): positions.position_table(tool_use, replies(tool_use)),
         ("collusion", "rates"): tables.collusion(games),
-        ("collusion", "spread"): tables.spread(games),
+        ("collusion", "spread"): tables.largest_differences(games),
         ("collusion", "cascades"): tipping.cascade_table(games).set_index(["model", "arm", "threshold"]),
-        ("collusion", "position"): records.position_table(games, replies(games)),
+        ("collusion", "position"): positions.position_table(games, replies(games)),
     }
 
 
@@ -188,7 +198,7 @@ def test_figure_3_says_which_incentive_it_shows(ratios, drawn):
 
 def test_one_round_has_no_drift():
     assert tables.drift(rows_of(record(rounds=1), "role_play")).to_numpy().tolist() == [["–", "–"]]
-    assert set(tool_tables.drift_columns(rows_of(record(rounds=1), "tool_use")).to_numpy().flat) == {"–"}
+    assert set(tool_use_tables.drift_columns(rows_of(record(rounds=1), "tool_use")).to_numpy().flat) == {"–"}
 
 
 def test_rounds_are_in_order_in_every_table():
@@ -230,7 +240,7 @@ def test_the_place_of_the_deviant_option_by_hand():
     decisions = record(("role_play",), rounds=1, items=2).assign(p_deviate=[0.75, 0.25])
     both = tuple(map(log, (0.6, 0.2)))
     known = {row.reply: Reply("", 1, 1, "stop", both) for row in decisions.itertuples()}
-    table = records.position_table(decisions, known).droplevel(["model", "arm"])
+    table = positions.position_table(decisions, known).droplevel(["model", "arm"])
     assert table["r=1"].to_dict() == {
         "P(deviate), deviant option first": "75.0",
         "P(deviate), deviant option second": "25.0",
@@ -238,14 +248,14 @@ def test_the_place_of_the_deviant_option_by_hand():
     }
     assert table["n a round"].tolist() == [1, 1, 2]
     # No raw reply at hand: nothing is guessed.
-    assert records.position_table(decisions, {}).empty
+    assert positions.position_table(decisions, {}).empty
 
 
 def test_the_recorded_order_is_that_of_the_prompts():
     # The prompts that the record was made with alternate: of an environment's four items two name either first.
-    replies = records.read_all_replies(RESULTS / "role_play")
+    replies = read_replies(RESULTS / "role_play")
     decisions = pd.read_parquet(RESULTS / "role_play/smollm2-135m/base/decisions.parquet")
-    rows = records.scored_options(decisions, replies)
+    rows = positions.scored_options(decisions, replies)
     assert len(rows) == len(decisions) and (rows.groupby("item")["named_first"].nunique() == 1).all()
     assert (rows.groupby("environment")["named_first"].mean() == 0.5).all()
     exact = [exp(replies[row.reply].logprobs[1 - row.named_first]) / row.mass for row in rows.itertuples()]

@@ -1,7 +1,7 @@
 import pytest
 from pydantic import BaseModel
 
-from atp_utils import files
+from atp_utils.support import files
 
 INF = float("inf")
 

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
-from atp_utils import ROOT, evolution, folders, publish, runs
-from atp_utils.decisions import to_frame
+from atp_utils import ROOT, runs
+from atp_utils.evolution.decisions import to_frame
+from atp_utils.runs import evolving, publish
+from atp_utils.support import folders
 
 
 @pytest.fixture
@@ -88,21 +90,21 @@ def test_no_notebook_touches_a_foreign_folder(precious, tmp_path, book):
 
 
 def test_prompts_of_other_counts_are_not_replaced(tmp_path):
-    values = runs.parameters.defaults_of("01_generate_data") | {"out": str(tmp_path)}
-    made = runs.data_folders("01_generate_data", values)
-    (made["role_play"] / "test.jsonl").write_text("prompts")
+    values = {"out": str(tmp_path), "simple_problems": 4, "complex_problems": 4, "simple_test": 2, "complex_test": 2}
+    made = runs.write_data(values)
+    before = contents(tmp_path)
+    assert len(made["role_play"]["test"]) == (tmp_path / "role_play/test.jsonl").read_text().count("\n") == 64
     with pytest.raises(FileExistsError, match="parameters.seed: '0', asked '1'"):
-        runs.data_folders("01_generate_data", values | {"seed": 1})
-    runs.data_folders("01_generate_data", values | {"seed": 1, "overwrite": True})
+        runs.write_data(values | {"seed": 1})
+    assert contents(tmp_path) == before
+    runs.write_data(values | {"seed": 1, "overwrite": True})
 
 
 def test_runs_that_differ_have_different_folders():
-    values = runs.parameters.defaults_of("04_evolve_role_play")
-
     def folder(**changes):
-        return runs.start("04_evolve_role_play", values | changes, "evolution", "role_play", "a/b", "base").out
+        return runs.start("04_evolve_role_play", changes, "evolution", "role_play", "a/b", "base").out
 
-    assert folder() == folder(concurrency=3, overwrite=True)
+    assert folder() == folder(servers="http://a/v1", overwrite=True, batch_tokens=9)
     assert folder().parent == ROOT / "runs/demo/evolution/role_play/a--b"
     assert len({folder(), folder(rounds=2), folder(temperature=0.5), folder(model="c/d")}) == 4
 
@@ -110,12 +112,15 @@ def test_runs_that_differ_have_different_folders():
 # --- Publishing --------------------------------------------------------------------------------------------
 
 
+def a_run(out, **changes):
+    return runs.Run("06_evolve_collusion", runs.parameters.check("06_evolve_collusion", changes), out)
+
+
 def finished_run(folder, *arms):
     for arm in arms:
-        values = runs.parameters.defaults_of("06_evolve_collusion") | {"out": str(folder / f"evolution/games/m/{arm}")}
-        run = runs.Run("06_evolve_collusion", values, folder / f"evolution/games/m/{arm}")
-        with evolution.record(run, "weights") as record:
-            record.finish(to_frame([], model="m", arm=arm), values, "weights")
+        run = a_run(folder / f"evolution/games/m/{arm}", arm=arm)
+        with evolving._journal(run, "weights") as record:
+            record.finish(to_frame([], model="m", arm=arm), run.settings, "weights")
 
 
 def test_publishing_takes_complete_runs_and_no_weights(tmp_path):
@@ -169,18 +174,16 @@ def test_publishing_spares_what_it_did_not_publish(tmp_path, precious):
 def test_a_finished_run_of_other_weights_is_not_replaced(tmp_path):
     finished_run(tmp_path, "base")
     out = tmp_path / "evolution/games/m/base"
-    values = runs.parameters.defaults_of("06_evolve_collusion")
     before = contents(out)
     with pytest.raises(FileExistsError, match="holds a finished run of 'weights', asked was 'others'"):
-        evolution.record(runs.Run("06_evolve_collusion", values, out), "others")
+        evolving._journal(a_run(out), "others")
     assert contents(out) == before
-    allowed = runs.Run("06_evolve_collusion", values | {"overwrite": True}, out)
-    evolution.record(allowed, "others").close()
+    evolving._journal(a_run(out, overwrite=True), "others").close()
     assert (out / "replies.jsonl").is_file() and not (out / "manifest.json").exists()
 
 
 def test_the_manifest_holds_every_parameter(tmp_path):
     finished_run(tmp_path, "base")
     facts = json.loads((tmp_path / "evolution/games/m/base/manifest.json").read_text())
-    assert set(facts["settings"]) == set(runs.parameters.defaults_of("06_evolve_collusion"))
+    assert set(facts["settings"]) == set(runs.parameters.model_of("06_evolve_collusion").model_fields)
     assert facts["identity"] == "weights" and facts["counts"]["faults"] == {}

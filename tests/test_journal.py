@@ -1,50 +1,88 @@
+import gzip
 import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
-from atp_utils import journal
-from atp_utils.decisions import to_frame
-from atp_utils.engine import Reply, Request
-from atp_utils.journal import Journal
+from atp_utils.evolution import journal
+from atp_utils.evolution.decisions import to_frame
+from atp_utils.evolution.journal import Journal
+from atp_utils.evolution.requests import Reply, Request, Sampling
 
-REQUEST = Request("a/round1", [{"role": "user", "content": "?"}], 1)
+CHAT = ({"role": "system", "content": "é"}, {"role": "user", "content": "? \ud800"})
+REQUEST = Request("a/round1", CHAT, 1)
+OTHER = Request("a/round2", (*CHAT, {"role": "assistant", "content": "x"}), 2, ("a", "b"))
 REPLY = Reply("ünï\ud800code\n", 3, 4, "stop", (-0.5, float("-inf")))
+
+
+def put(record, request=REQUEST):
+    return record.put(request, "weights", REPLY)
+
+
+def found(record, request=REQUEST, identity="weights"):
+    reply = record.find(request, identity)
+    return reply is not None and replace(reply, digest="") == REPLY
 
 
 def test_replies_come_back_as_they_were(tmp_path):
     with Journal(tmp_path) as record:
-        record.put("d1", REQUEST, REPLY)
+        assert put(record).digest == REQUEST.digest("weights")
     with Journal(tmp_path) as record:
-        assert record.get("d1") == REPLY and record.get("d2") is None
+        assert found(record) and not found(record, OTHER) and not found(record, identity="others")
         assert (record.replayed, record.paid) == (1, 0)
 
 
-@pytest.mark.parametrize("cut", [1, 20, 60])
+def test_the_record_tells_what_was_asked_and_shared_beginnings_once(tmp_path):
+    sampled = Request("a/round3", CHAT, 3, sampling=Sampling(9, 0.5, 0.9, 7, False))
+    with Journal(tmp_path) as record:
+        digests = [put(record, request).digest for request in (REQUEST, OTHER, sampled)]
+        result = record.result("sandbox", "print(1)", lambda: {"output": "1\n"})
+    compressed = tmp_path / "copy.jsonl.gz"
+    compressed.write_bytes(gzip.compress(record.path.read_bytes()))
+    for path in (record.path, compressed):
+        read = journal.read_record(path)
+        assert [read.request(digest) for digest in digests] == [REQUEST, OTHER, sampled]
+        assert len(read.messages) == 3 and list(read.results.values()) == [result]
+    with Journal(tmp_path) as record:
+        assert record.result("sandbox", "print(1)", pytest.fail) == result
+        assert record.result("sandbox, 9 s", "print(1)", lambda: {"output": "2"}) == {"output": "2"}
+
+
+def test_replies_recorded_without_their_requests_are_read(tmp_path):
+    line = {"digest": "d", "key": "k", "text": "x", "prompt_tokens": 1, "logprobs": None}
+    (tmp_path / "replies.jsonl").write_text(json.dumps(line) + "\n")
+    record = journal.read_record(tmp_path / "replies.jsonl")
+    assert record.replies["d"].text == "x"
+    with pytest.raises(ValueError, match="recorded without its request"):
+        record.request("d")
+
+
+@pytest.mark.parametrize("cut", [1, 20, 60, 150])
 def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path, cut):
     with Journal(tmp_path) as record:
-        record.put("d1", REQUEST, REPLY)
+        put(record)
         size = record.path.stat().st_size
-        record.put("d2", REQUEST, REPLY)
+        put(record, OTHER)
     with record.path.open("r+b") as file:
         file.truncate(size + cut)
     with Journal(tmp_path) as record:
-        assert record.get("d1") == REPLY and record.get("d2") is None
-        record.put("d2", REQUEST, REPLY)
+        assert found(record) and not found(record, OTHER)
+        digest = put(record, OTHER).digest
     with Journal(tmp_path) as record:
-        assert record.get("d2") == REPLY
+        assert found(record, OTHER) and record.record.request(digest) == OTHER
 
 
 @pytest.mark.parametrize("line", ["not json", "[]", "{}", '{"digest": "d", "key": "k", "txt": ""}'])
 def test_a_damaged_line_is_named(tmp_path, line):
     with Journal(tmp_path) as record:
-        record.put("d1", REQUEST, REPLY)
+        put(record)
     with record.path.open("a") as file:
         file.write(f"{line}\n")
-    with pytest.raises(ValueError, match=r"replies.jsonl, line 2"):
+    with pytest.raises(ValueError, match=r"replies.jsonl, line 4"):
         Journal(tmp_path)
 
 
@@ -57,29 +95,31 @@ def test_a_full_disk_keeps_what_was_written(tmp_path):
     """A real limit on the file's size, in a process of its own, stands for the full disk."""
     code = f"""
 import resource, signal
-from atp_utils.engine import Reply, Request
-from atp_utils.journal import Journal
+from atp_utils.evolution.journal import Journal
+from atp_utils.evolution.requests import Reply, Request
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 record = Journal({str(tmp_path)!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 for number in range(100):
-    record.put(f"d{{number}}", Request("k", [], 0), Reply("x" * 300))
+    record.put(Request("k", [], number), "weights", Reply("x" * 300))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert "replies.jsonl: File too large; the replies before are kept" in done.stderr
     with Journal(tmp_path) as record:
-        kept = [number for number in range(100) if record.get(f"d{number}")]
-    assert kept == list(range(len(kept))) and len(kept) == 2000 // len(record.path.read_bytes().splitlines(True)[0])
+        kept = [number for number in range(100) if record.find(Request("k", [], number), "weights")]
+    assert kept == list(range(len(kept))) and len(kept) == 3
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
 def test_the_manifest_is_last_and_says_what_was_counted(tmp_path, monkeypatch):
     frame = to_frame([], model="m", arm="base")
     with Journal(tmp_path) as record:
-        record.put("d1", REQUEST, REPLY)
+        put(record)
         with monkeypatch.context() as patch:
-            patch.setattr(journal, "write_frame", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+            patch.setattr(
+                journal.files, "write_parquet", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+            )
             with pytest.raises(OSError, match="No space"):
                 record.finish(frame, {"rounds": 2}, "weights")
         assert not (tmp_path / "manifest.json").exists()

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from atp_utils import collusion, models, role_play, tool_items
-from atp_utils.parsing import answer_json
+from atp_utils import models
+from atp_utils.evolution.parsing import answer_json
+from atp_utils.scenarios import collusion, role_play
+from atp_utils.scenarios.tool_use import items as tool_items
 
 # Tokenizers that tests have at hand; of the others, `recorded` holds the counts.
 AT_HAND = [models.EMBEDDED]

@@ -15,7 +15,9 @@ from huggingface_hub.errors import (
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from atp_utils import chat_template, model_digest, models
+from atp_utils import models
+from atp_utils.models import chat_template
+from atp_utils.models import digests as model_digest
 
 
 @pytest.fixture(scope="module")

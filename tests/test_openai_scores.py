@@ -5,10 +5,11 @@ import math
 import pytest
 from fault_server import NO, PREFIX, YES, Letters, answers, chat, echo, forced, running, tops
 
-from atp_utils import models, openai_wire
-from atp_utils.engine import normalise
-from atp_utils.openai_engine import OpenAIEngine
-from atp_utils.parsing import answer_json
+from atp_utils import models
+from atp_utils.engines import openai_wire
+from atp_utils.engines.openai_engine import OpenAIEngine
+from atp_utils.evolution.parsing import answer_json
+from atp_utils.evolution.protocol import normalise
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def test_options_are_scored_whole_where_the_server_echoes(start, monkeypatch):
     replies = answers(engine, [forced(seed) for seed in range(30)])
     assert len({reply.logprobs for reply in replies}) == 1
     assert replies[0].logprobs == pytest.approx((-0.1 * len(YES), -0.1 * len(NO)))
-    assert {reply.text for reply in replies} == {YES, NO} and {reply.finish_reason for reply in replies} == {"scored"}
+    assert {(reply.text, reply.finish_reason) for reply in replies} == {("", "scored")}
     assert replies[0].prompt_tokens == len("user: Do you like rain?\nassistant: ")
     assert len(server.served) == 2 and engine.answered == 1  # the probe and one request
     assert engine.identity.endswith("|tokenizer=letters")
@@ -44,7 +45,7 @@ def test_the_first_differing_token_stands_in_where_nothing_is_echoed(start, monk
     replies = answers(OpenAIEngine("toy", server.url, tokenizer="letters"), [forced(seed) for seed in range(20)])
     assert normalise(replies[0].logprobs) == pytest.approx([2 / 3, 1 / 3])
     assert {reply.finish_reason for reply in replies} == {"first_token"}
-    assert {reply.text for reply in replies} == {YES, NO} and server.posts.count("/v1/chat/completions") == 1
+    assert server.posts.count("/v1/chat/completions") == 1
     schema = server.served[-1]["response_format"]["json_schema"]["schema"]
     assert schema["properties"] == {"choice": {"enum": ["Yes", "No"]}} and server.served[-1]["temperature"] == 1
 

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 from transformers.utils.import_utils import is_serve_available
 
-from atp_utils import evolve, journal, models, openai_wire, role_play
-from atp_utils.engine import Request, Sampling
-from atp_utils.openai_engine import OpenAIEngine
-from atp_utils.protocol import Protocol
+from atp_utils import models
+from atp_utils.engines import openai_wire
+from atp_utils.engines.openai_engine import OpenAIEngine
+from atp_utils.evolution import journal, loop
+from atp_utils.evolution.protocol import Protocol
+from atp_utils.evolution.requests import Request, Sampling
+from atp_utils.scenarios import role_play
 
 pytestmark = pytest.mark.skipif(
     not is_serve_available(), reason="transformers serve needs fastapi and uvicorn: pip install 'transformers[serving]'"
@@ -92,12 +95,12 @@ def test_an_evolution_runs_in_both_protocols_and_is_replayed_without_the_server(
     def play(engine):
         episodes = [role_play.episode(item, rounds=2, seed=0, protocol=how) for item in splits[1][:2]]
         with journal.Journal(tmp_path) as record:
-            return evolve.run(episodes, engine, record), record
+            return loop.run(episodes, engine, record), record
 
     engine = OpenAIEngine(folder, url, tokenizer=folder, concurrency=4)
     rows, record = play(engine)
     assert len(rows) == 4 and 4 <= record.paid == len(record.used) == engine.answered <= 8
-    replies = journal.read_replies(tmp_path / journal.REPLIES).values()
+    replies = journal.read_record(tmp_path / journal.REPLIES).replies.values()
     # This server echoes nothing and offers no log-probabilities; the replies say what was done instead.
     reasons = {reply.finish_reason for reply in replies}
     assert reasons <= ({"stop", "length"} if name == "reason" else {"sampled:stop", "sampled:length"})

@@ -3,7 +3,7 @@
 import pytest
 from fault_server import KEY, Handler, answers, free, running
 
-from atp_utils.openai_engine import OpenAIEngine
+from atp_utils.engines.openai_engine import OpenAIEngine
 
 
 @pytest.fixture

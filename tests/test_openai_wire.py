@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 from fault_server import Letters, answers, chat, echo, forced, free, running, said
 
-from atp_utils import evolve, journal, models, openai_wire
-from atp_utils.engine import Reply, Request
-from atp_utils.openai_engine import OpenAIEngine
-from atp_utils.parsing import split_thinking
+from atp_utils import models
+from atp_utils.engines import openai_wire
+from atp_utils.engines.openai_engine import OpenAIEngine
+from atp_utils.evolution import journal, loop
+from atp_utils.evolution.parsing import split_thinking
+from atp_utils.evolution.requests import Reply, Request
 
 SENT = f"sent={openai_wire.form()}"
 
@@ -81,7 +83,7 @@ def test_what_is_no_text_is_made_text_before_it_is_kept(start, tmp_path, message
     engine = OpenAIEngine("toy", server.url)
     for answered in (2, 0):
         with journal.Journal(tmp_path) as record:
-            [texts] = evolve.run_all([converse(2)], engine, record)
+            [texts] = loop.run_all([converse(2)], engine, record)
             assert record.paid == answered
         assert len(texts) == 2 and "?" in texts[0] and texts[0].isascii() and len(server.served) == 2
     assert server.served[1]["messages"][1]["content"].replace("\u200b", "") == texts[0]

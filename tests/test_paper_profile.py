@@ -17,21 +17,24 @@ import pytest
 import yaml
 from tiny_models import FAMILIES, HUB_IDS
 
-from atp_utils import ROOT, align, evolve, journal, models, parameters, runs, scenarios, tool_pairs
-from atp_utils.engine import Sampling, ScriptedEngine
-from atp_utils.parsing import answer_json
-from atp_utils.protocol import Protocol
+from atp_utils import ROOT, models, parameters, runs
+from atp_utils.engines.scripted import ScriptedEngine
+from atp_utils.engines.transformers_engine import TransformersEngine
+from atp_utils.evolution import journal, loop
+from atp_utils.evolution.parsing import answer_json
+from atp_utils.evolution.protocol import Protocol
+from atp_utils.evolution.requests import Sampling
 from atp_utils.sandbox import ToolResult
-from atp_utils.transformers_engine import TransformersEngine
+from atp_utils.scenarios import preferences
+from atp_utils.scenarios.registry import SCENARIOS
+from atp_utils.scenarios.tool_use import alignment
 
 pytestmark = pytest.mark.timeout(3600)
 
-SCENARIOS = ("role_play", "collusion", "tool_use")
-EVOLVE = dict(zip(SCENARIOS, ("04_evolve_role_play", "06_evolve_collusion", "05_evolve_tool_use"), strict=True))
+EVOLVE = parameters.EVOLVE
 # One arm a family: merging an adapter is tried on both, and both kinds of adapter are. The other arm of each is trained
 # for one scenario, without an evolution.
 ARMS = dict(zip(FAMILIES, ("dpo", "grpo"), strict=True))
-BOOKS = {"dpo": "02_align_dpo", "grpo": "03_align_grpo"}
 PAIRS = [(scenario, family) for scenario in SCENARIOS for family in FAMILIES]
 TRAININGS = [(*pair, ARMS[pair[1]]) for pair in PAIRS]
 TRAININGS += [("role_play", family, arm) for family, arm in zip(FAMILIES, reversed(ARMS.values()), strict=True)]
@@ -69,14 +72,13 @@ class Run:
     def adapter(self, scenario, family, method):
         return self.folder / "adapters" / scenario / family / method
 
-    def pairs(self, scenario, family, name):
+    def pairs(self, scenario, family):
         """Where notebook 2 keeps the replies that it makes pairs from."""
-        return runs.Run("02_align_dpo", {}, self.adapter(scenario, family, "dpo")).beside(name)
+        return runs.Run("02_align_dpo", None, self.adapter(scenario, family, "dpo")).beside("written")
 
     def own(self, scenario, family):
         """The replies to notebook 2 that the model wrote itself."""
-        name = "samples" if scenario == "tool_use" else "elicited"
-        replies = journal.read_replies(self.pairs(scenario, family, name) / "replies.jsonl")
+        replies = journal.read_record(self.pairs(scenario, family) / "replies.jsonl").replies
         return list(replies.values())[self.written[scenario, family] :]
 
     def evolution(self, scenario, family):
@@ -95,24 +97,22 @@ class Run:
 def readable_reply(run, scenario, family):
     """Journal replies to the first training prompt, as if the model had written them: thinking, reasons, an answer."""
     settings = run.settings("02_align_dpo", scenario, family)
-    sampling = Sampling(settings["max_new_tokens"], settings["temperature"])
-    protocol = Protocol(settings["protocol"], settings.get("max_attempts", 3), sampling)
-    items, opening = scenarios.read_items(scenario, "train", run.folder / "data"), scenarios.SCENARIOS[scenario].opening
+    sampling = Sampling(settings.max_new_tokens, settings.temperature)
+    protocol, own = Protocol(settings.protocol, settings.max_attempts, sampling), SCENARIOS[scenario]
+    item = own.training_items(own.read_items("train", run.folder / "data"), "dpo")[0]
     if scenario == "tool_use":
-        item, name = tool_pairs.dpo_items(items)[0], "samples"
-        ways = {"count": settings["samples_per_problem"], "run_tool": lambda _: ToolResult("ok", item.answer, "", 0.0)}
-        episode = tool_pairs.sampling(item, protocol, seed=settings["seed"], **ways)
+        ways = {"count": settings.samples_per_problem, "run_tool": lambda _: ToolResult("ok", item.answer, "", 0.0)}
+        episode = alignment.sampling(item, protocol, seed=settings.seed, **ways)
     else:
-        item, name = items[0], "elicited"
-        episode = align.elicitation(item, opening, protocol, settings["seed"])
+        episode = preferences.elicitation(item, own.opening, protocol, settings.seed)
 
     def rule(request):
         words = "I guess \\boxed{7}." if scenario == "tool_use" else f"So {answer_json(request.key.split('/')[2])}"
         return f"<think>\nHm.\n</think>\n\n{words}"
 
     engine = ScriptedEngine(rule, identity=TransformersEngine(run.tiny[family]).identity)
-    with journal.Journal(run.pairs(scenario, family, name)) as record:
-        evolve.run_all([episode], engine, record)
+    with journal.Journal(run.pairs(scenario, family)) as record:
+        loop.run_all([episode], engine, record)
         return record.paid
 
 
@@ -128,12 +128,12 @@ def run(tiny, tmp_path_factory):
     def align_one(job):
         scenario, family, method = job
         given = {"model": tiny[family], "scenario": scenario, "data": data}
-        return run.book(BOOKS[method], run.adapter(*job), **given)
+        return run.book(parameters.ALIGN[method], run.adapter(*job), **given)
 
     def evolve_one(job):
         scenario, family = job
         given = {"model": tiny[family], "arm": ARMS[family], "adapter": run.adapter(*job, ARMS[family])}
-        given |= {"data": data} if scenario != "collusion" else {}
+        given |= {"data": data}
         return run.book(EVOLVE[scenario], run.evolution(*job), **given)
 
     with ThreadPoolExecutor(2) as pool:
@@ -148,11 +148,11 @@ def test_adapters_are_trained_with_the_papers_settings(run, scenario, family, me
     models.check_adapter(folder, run.tiny[family])
     manifest, log = json.loads((folder / "manifest.json").read_text()), pd.read_csv(folder / "training_log.csv")
     assert manifest["steps"] == len(log) == 1
-    paper = parameters.read_profile("paper").parameters(BOOKS[method], scenario, HUB_IDS[family])
+    paper = parameters.read_profile("paper").parameters(parameters.ALIGN[method], scenario, HUB_IDS[family])
     for name in ("learning_rate", "beta", "lora_rank", "epochs", "batch_size", "temperature", "checkpoint_activations"):
-        assert manifest["settings"][name] == paper[name], name
+        assert manifest["settings"][name] == getattr(paper, name), name
     if method == "grpo":
-        assert manifest["settings"]["group_size"] == paper["group_size"] and log["kl"].notna().all()
+        assert manifest["settings"]["group_size"] == paper.group_size and log["kl"].notna().all()
     else:
         # Before the first step the policy is the reference: log 2. One pair was written; a random model that happens
         # to end its words within the limit has given the other side of one more.
@@ -179,5 +179,5 @@ def test_evolutions_count_what_cannot_be_read(run, scenario, family):
     )
     invalid = table[~table["valid"]]
     paper = parameters.read_profile("paper").parameters(EVOLVE[scenario], None, HUB_IDS[family])
-    assert len(invalid) > 0 and (invalid["attempts"] == paper["max_attempts"]).all()
+    assert len(invalid) > 0 and (invalid["attempts"] == paper.max_attempts).all()
     assert invalid[["deviated", "choice", "reward"]].isna().all(axis=None)

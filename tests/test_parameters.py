@@ -1,6 +1,8 @@
 import os
 import re
+from ast import literal_eval
 
+import papermill
 import pytest
 
 from atp_utils import parameters, resolve
@@ -10,14 +12,16 @@ BOOKS = sorted(path.stem for path in resolve("notebooks").glob("*.ipynb"))
 PROFILES = sorted(path.stem for path in resolve("profiles").glob("*.yaml"))
 
 
+def test_every_notebook_declares_its_parameters():
+    assert set(parameters.MODELS) == set(BOOKS)
+
+
 @pytest.mark.parametrize("book", BOOKS)
-def test_every_parameter_of_every_notebook_has_a_type(book):
-    names = parameters.defaults_of(book)
-    assert names and set(names) <= set(parameters.TYPES)
-
-
-def test_no_type_is_without_a_parameter():
-    assert set(parameters.TYPES) == {name for book in BOOKS for name in parameters.defaults_of(book)}
+def test_the_tagged_cell_repeats_the_declared_names_and_defaults(book):
+    cell = papermill.inspect_notebook(str(resolve(f"notebooks/{book}.ipynb")))
+    declared = parameters.model_of(book)
+    assert {name: literal_eval(found["default"]) for name, found in cell.items()} == declared().model_dump()
+    assert all(field.description for field in declared.model_fields.values())
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -40,33 +44,44 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"04_evolve_role_play, parameter {name}: "):
+    with pytest.raises(ValueError, match=rf"04_evolve_role_play, parameter {name}[.:]"):
         check("04_evolve_role_play", {name: value})
 
 
 def test_payoffs_are_numbers():
-    assert check("06_evolve_collusion", {"payoffs": [[2, 1.5, "1e-1"]]}) == {"payoffs": [[2.0, 1.5, 0.1]]}
+    assert check("06_evolve_collusion", {"payoffs": [[2, 1.5, "1e-1"]]}).payoffs == [[2.0, 1.5, 0.1]]
     for wrong in (True, float("inf"), "much"):
-        with pytest.raises(ValueError, match="parameter payoffs: 0.2: "):
+        with pytest.raises(ValueError, match=r"parameter payoffs\.0\.2: "):
             check("06_evolve_collusion", {"payoffs": [[2, 1.5, wrong]]})
 
 
 def test_a_number_may_be_written_as_text():
-    assert check("02_align_dpo", {"learning_rate": "1e-5"}) == {"learning_rate": 1e-5}
+    assert check("02_align_dpo", {"learning_rate": "1e-5"}).learning_rate == 1e-5
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "value"),
+    ("book", "name", "text", "value"),
     [
-        ("rounds", "3", 3), ("seeds", "[0, 1]", [0, 1]), ("thinking", "true", True),
-        ("scenario", "role_play", "role_play"), ("temperature", "0.5", 0.5),
-        ("adapter", "", ""), ("unknown", "x", "x"), ("rounds", "many", "many"),
+        ("04_evolve_role_play", "rounds", "3", 3), ("04_evolve_role_play", "seeds", "[0, 1]", [0, 1]),
+        ("04_evolve_role_play", "thinking", "true", True), ("02_align_dpo", "scenario", "role_play", "role_play"),
+        ("04_evolve_role_play", "temperature", "0.5", 0.5), ("04_evolve_role_play", "adapter", "", ""),
+        ("04_evolve_role_play", "unknown", "x", "x"), ("04_evolve_role_play", "rounds", "many", "many"),
         # Where text is taken it is never read as anything else.
-        ("model", "123", "123"), ("model", "true", "true"), ("out", '"a"', '"a"'), ("prefill", '{"a": 1}', '{"a": 1}'),
+        ("02_align_dpo", "model", "123", "123"), ("02_align_dpo", "model", "true", "true"),
+        ("02_align_dpo", "out", '"a"', '"a"'), ("03_align_grpo", "prefill", '{"a": 1}', '{"a": 1}'),
     ],
 )  # fmt: skip
-def test_values_of_the_command_line(name, text, value):
-    assert from_text(name, text) == value
+def test_values_of_the_command_line(book, name, text, value):
+    assert from_text(book, name, text) == value
+
+
+def test_a_profile_runs_another_model_with_its_settings(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(PROFILE.replace("{smollm2-135m: {}}", "{a/b: {02_align_dpo: {beta: 3}}}"))
+    profile = read_profile(str(path))
+    assert list(profile.of_model("~/m").models) == ["~/m"]
+    assert profile.of_model("~/m").parameters("02_align_dpo").beta == 0.1
+    assert profile.of_model("a/b").parameters("02_align_dpo", None, "a/b").beta == 3
 
 
 PROFILE = """
@@ -94,7 +109,7 @@ notebooks:
 def test_a_bad_profile_is_refused_by_file_and_key(tmp_path, old, new, message):
     path = tmp_path / "mine.yaml"
     path.write_text(PROFILE)
-    assert read_profile(str(path)).parameters("01_generate_data") == {"seed": 1}
+    assert read_profile(str(path)).given("01_generate_data") == {"seed": 1}
     path.write_text(PROFILE.replace(old, new))
     with pytest.raises((ValueError, FileNotFoundError), match=rf"(?s)(mine\.yaml.*)?{message}"):
         read_profile(str(path))
@@ -124,7 +139,7 @@ NOTEBOOKS = "  01_generate_data: {seed: 1}\n"
         ("  02_align_dpo: {checkpoint_activations: 1}", 7, "checkpoint_activations: .*valid boolean"),
         ("  02_align_dpo: {scenario: collusion}", 7, "scenario is set by the pipeline"),
         ("  08_figures: {figures: mine}", 7, "figures is set by the pipeline"),
-        ("  04_evolve_role_play:\n    seeds: [0, x]", 8, "seeds: "),
+        ("  04_evolve_role_play:\n    seeds: [0, x]", 8, r"seeds\.1: "),
         ("  04_evolve_role_play: 3", 7, "04_evolve_role_play: .*valid dictionary"),
         ("models:\n  m: {}", 7, "key 'models' twice"),
     ],
@@ -166,8 +181,8 @@ def test_a_model_is_known_by_any_of_its_paths(tmp_path):
     path.write_text(PROFILE.replace("{smollm2-135m: {}}", "{~/m: {02_align_dpo: {beta: 3}}, a/b: {}}"))
     profile = read_profile(str(path))
     for name in ("~/m", os.path.expanduser("~/m"), "~/./m"):
-        assert profile.parameters("02_align_dpo", "role_play", name) == {"beta": 3}
-    assert profile.parameters("02_align_dpo", "role_play", "a/b") == {}
+        assert profile.given("02_align_dpo", "role_play", name) == {"beta": 3}
+    assert profile.given("02_align_dpo", "role_play", "a/b") == {}
 
 
 @pytest.mark.parametrize(
@@ -190,5 +205,5 @@ def test_model_settings_win_over_scenario_over_notebook(tmp_path):
         + "  02_align_dpo: {beta: 1, seed: 5, lora_rank: 4}\n  02_align_dpo/role_play: {beta: 2, seed: 6}\n"
     )
     profile = read_profile(str(path))
-    assert profile.parameters("02_align_dpo", "role_play", "m") == {"beta": 3, "seed": 6, "lora_rank": 4}
-    assert profile.parameters("02_align_dpo", "role_play", "n")["beta"] == 2
+    assert profile.given("02_align_dpo", "role_play", "m") == {"beta": 3, "seed": 6, "lora_rank": 4}
+    assert profile.parameters("02_align_dpo", "role_play", "n").beta == 2

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from atp_utils.parsing import (
+from atp_utils.evolution.parsing import (
     THINKING,
     answer_json,
     divide,
@@ -15,8 +15,8 @@ from atp_utils.parsing import (
     parse_choice,
     prompted_thinking,
     split_thinking,
-)  # fmt: skip
-from atp_utils.tool_calls import read_call
+)
+from atp_utils.scenarios.tool_use.calls import read_call
 
 OPTIONS = ("Green Gate", "Red Gate")
 

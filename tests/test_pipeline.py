@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from atp_utils import ROOT, journal
+from atp_utils import ROOT
+from atp_utils.evolution import journal
 
 RUN = ROOT / "runs" / "smoke"
 

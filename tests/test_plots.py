@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from test_tipping import table
 
-from atp_utils import plots
+from atp_utils.analysis import plots
 
 
 @pytest.fixture

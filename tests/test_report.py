@@ -3,7 +3,9 @@ import shutil
 import pandas as pd
 import pytest
 
-from atp_utils import ROOT, journal, report, resolve
+from atp_utils import ROOT, resolve
+from atp_utils.analysis import report
+from atp_utils.evolution import journal
 
 RESULTS = resolve("data/results/laptop")
 
@@ -16,7 +18,7 @@ def test_the_readme_shows_the_recorded_run():
 
 def test_recorded_decisions_have_their_raw_replies():
     for manifest in (RESULTS / "evolution").rglob("manifest.json"):
-        replies = journal.read_replies(manifest.parent / "replies.jsonl.gz")
+        replies = journal.read_record(manifest.parent / "replies.jsonl.gz").replies
         decisions = pd.read_parquet(manifest.parent / "decisions.parquet")
         assert len(decisions) and set(decisions["reply"]) <= set(replies)
 

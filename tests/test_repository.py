@@ -1,6 +1,7 @@
 """What holds the repository's own files together."""
 
 import json
+import re
 import subprocess
 import tomllib
 
@@ -30,6 +31,10 @@ def test_notebooks_read_well(path):
     assert len(code) < len(cells) - len(code) + 2, "prose before code"
     tagged = ["parameters" in cell["metadata"].get("tags", []) for cell in code]
     assert sum(tagged) == 1
+    # Question, what it reads and writes, how long it takes; then few lines before the first thing to see.
+    opening = "".join(cells[0]["source"]).split("\n\n")[1]
+    assert re.match(r"\*[^*]+\?\*", opening) and "eads" in opening and re.search("econds|minute", opening), opening
+    assert len("".join(code[1]["source"]).replace("\n\n", "\n").splitlines()) <= 8
     for cell, listing in zip(code, tagged, strict=True):
         source, outputs = "".join(cell["source"]), json.dumps(cell["outputs"])
         assert source.count("\n") < (30 if listing else 25) and cell["execution_count"] is not None, source

@@ -5,9 +5,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_utils import files, resolve, role_play
-from atp_utils.parsing import answer_json
-from atp_utils.protocol import Protocol
+from atp_utils import resolve
+from atp_utils.evolution.parsing import answer_json
+from atp_utils.evolution.protocol import Protocol
+from atp_utils.scenarios import role_play
+from atp_utils.support import files
 
 
 def test_sixteen_environments_make_160_and_64_prompts(environments, splits):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from atp_utils import ROOT, _sandbox_worker, sandbox
+from atp_utils import ROOT, sandbox
 from atp_utils.sandbox import Sandbox, SandboxUnavailable, ToolResult
+from atp_utils.sandbox import worker as _sandbox_worker
 
 HOME = os.path.realpath(os.path.expanduser("~"))
 
@@ -336,7 +337,7 @@ def test_outcome(box, code, status, output, error):
 
 def test_same_code_same_output(box):
     code = "import random\nrandom.random(), np.random.rand(), list({'a', 'b', 'c', 'd'}), hash('a')"
-    first, second = box.run_many([code, code])
+    first, second = box.run(code), box.run(code)
     with started(seed=1) as other:
         third = other.run(code)
     assert first.output == second.output != third.output
@@ -397,7 +398,7 @@ def test_protocol_cannot_be_reached(box, code):
     """The host's pipes are closed in the fork: its worst is to misreport itself."""
     worker, result = box._worker, box.run(code)
     assert result.status in ("ok", "error", "killed", "output_limit")
-    assert [r.output for r in box.run_many(["1", "2", "3"])] == ["1\n", "2\n", "3\n"]
+    assert [box.run(code).output for code in ("1", "2", "3")] == ["1\n", "2\n", "3\n"]
     assert box._worker is worker
 
 
@@ -518,7 +519,6 @@ def test_only_runs_when_started_and_here(box):
         ("output_bytes", 0),
         ("output_bytes", -1),
         ("seed", -1),
-        ("unsafe_without_isolation", 1),
     ],
 )
 def test_bad_parameter_is_named(name, value):
@@ -551,7 +551,7 @@ def test_probes_notice_missing_namespaces(monkeypatch):
     libraries = sorted({os.path.dirname(path) for path in sandbox.library_folders()})
     monkeypatch.setattr(sandbox, "isolated_command", without_namespaces)
     start = Sandbox._start
-    monkeypatch.setattr(Sandbox, "_start", lambda self, isolated, paths: start(self, isolated, libraries))
+    monkeypatch.setattr(Sandbox, "_start", lambda self: start(self) | {"paths": libraries})
     with pytest.raises(SandboxUnavailable, match="let through reading /etc/passwd.*host's processes"):
         Sandbox().start()
 
@@ -565,18 +565,6 @@ def test_probes_notice_a_missing_filter(monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox, "WORKER", str(weak))
     with pytest.raises(SandboxUnavailable, match="opening a socket.*forking.*signalling the worker"):
         Sandbox().start()
-
-
-def test_unsafe_runs_with_what_is_left(monkeypatch):
-    monkeypatch.setattr(sandbox, "find_bwraps", lambda: [])
-    with pytest.warns(RuntimeWarning, match="WITHOUT isolation"):
-        unsafe = Sandbox(wall_seconds=0.5, memory_mb=512, unsafe_without_isolation=True).start()
-    with unsafe:
-        assert "namespaces" not in unsafe.layers and {"wall clock", "rlimits"} <= set(unsafe.layers)
-        assert unsafe.run("sp.sqrt(16)").output == "4\n"
-        assert unsafe.run("while True: pass").status == "timeout"
-        assert unsafe.run("bytearray(10 ** 10)").status == "memory"
-        assert unsafe.run("import os\nos.environ.get('PATH')").output == ""
 
 
 # --- The filter, on machines that we may not have -------------------------------------------------
@@ -671,7 +659,7 @@ def test_all_this_as_an_ordinary_user():
         f"import os, sys; os.setgroups([]); os.setgid({user.pw_gid}); os.setuid({user.pw_uid});"
         "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     )
-    same_for_all = "outcome or parameter or filter or refuses or unsafe"  # no matter who runs these
+    same_for_all = "outcome or parameter or filter or refuses"  # no matter who runs these
     tests = "-m pytest -q -rs -p no:cacheprovider --noconftest tests/test_sandbox.py -k".split()
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(

@@ -10,10 +10,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from atp_utils.chat_template import render, tokenised
-from atp_utils.engine import Request, Sampling
-from atp_utils.kv_cache import check_attention
-from atp_utils.transformers_engine import TransformersEngine
+from atp_utils.engines.kv_cache import check_attention
+from atp_utils.engines.transformers_engine import TransformersEngine
+from atp_utils.evolution.requests import Request, Sampling
+from atp_utils.models.chat_template import render, tokenised
 
 WINDOW = 32
 OPTIONS = ('{"choice": "A"}', '{"choice": "Brimstone"}')

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from atp_utils import stats
+from atp_utils.analysis import stats
 
 
 def frame(*rows):

@@ -5,8 +5,8 @@ import math
 import pandas as pd
 import pytest
 
-from atp_utils import tipping
-from atp_utils.engine import Reply
+from atp_utils.analysis import tipping
+from atp_utils.evolution.requests import Reply
 
 
 def table(*episodes, threshold=4, rho=1.0, arm="base", start=0):

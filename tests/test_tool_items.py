@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_utils import files, resolve, tool_items
+from atp_utils import resolve
 from atp_utils.problems import Problem
-from atp_utils.tool_items import Setting
+from atp_utils.scenarios.tool_use import items as tool_items
+from atp_utils.scenarios.tool_use.items import Evolution
+from atp_utils.support import files
 
 NUMBERS = {"simple": (500, 100), "complex": (300, 72)}
 
@@ -67,7 +69,7 @@ def test_policies_take_turns_in_a_split_and_in_its_families(sizes, data):
 @given(st.integers(1, 12), st.data())
 def test_either_policy_is_first_in_half_of_every_block(rounds, data_):
     size, hard = data_.draw(st.integers(1, 100 // rounds)), data_.draw(st.integers(1, 72))
-    setting = Setting(rounds=rounds, simple_per_round=size, complex_per_round=hard)
+    setting = Evolution(rounds=rounds, simple_per_round=size, complex_per_round=hard)
     pool = data()[1]
     exposed, asked = tool_items.blocks(pool, setting, data_.draw(st.integers(0, 99)), data_.draw(st.integers(0, 99)))
     assert [len(block) for block in exposed] == [size] * rounds and len(asked) == hard
@@ -90,7 +92,7 @@ def test_families_of_any_size_are_drawn_in_balance(sizes, data):
 
 
 def test_no_agent_is_like_another_in_which_policy_comes_first():
-    setting = Setting(rounds=3, simple_per_round=1, complex_per_round=1)
+    setting = Evolution(rounds=3, simple_per_round=1, complex_per_round=1)
     firsts = Counter()
     for agent in range(40):
         exposed, asked = tool_items.blocks(data()[1], setting, 0, agent)
@@ -107,4 +109,4 @@ def test_what_can_not_be_balanced_is_drawn_all_the_same():
 
 def test_too_few_problems_are_refused_by_kind():
     with pytest.raises(ValueError, match="101 simple test problems needed, there are 100"):
-        tool_items.blocks(data()[1], Setting(rounds=1, simple_per_round=101), 0, 0)
+        tool_items.blocks(data()[1], Evolution(rounds=1, simple_per_round=101), 0, 0)

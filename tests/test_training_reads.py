@@ -1,15 +1,18 @@
 """What the trainers read is what the engine reads: the template's own rendering, special tokens once."""
 
-from dataclasses import asdict
-
 import pytest
 from tiny_models import FAMILIES, STOPS
+from trainings import a_run, rows_of
 
-from atp_utils import align, models, progress, role_play, train
-from atp_utils.engine import DATE, Request
-from atp_utils.parsing import answer_json
-from atp_utils.protocol import Protocol
-from atp_utils.transformers_engine import TransformersEngine
+from atp_utils import models
+from atp_utils.engines.transformers_engine import TransformersEngine
+from atp_utils.evolution.parsing import answer_json
+from atp_utils.evolution.protocol import Protocol
+from atp_utils.evolution.requests import DATE, Request
+from atp_utils.models.chat_template import render
+from atp_utils.scenarios import role_play
+from atp_utils.support import progress
+from atp_utils.training import trainer
 
 PROTOCOLS = ("choose", "reason")
 
@@ -19,10 +22,7 @@ def family(request):
     return request.param
 
 
-SETTINGS = train.Training(
-    learning_rate=1e-3, epochs=1, max_steps=1, batch_size=1, accumulation=1, beta=0.1, lora_rank=2, seed=0,
-    save_steps=1, group_size=2, max_new_tokens=2,
-)  # fmt: skip
+SETTINGS = {"scenario": "role_play", "max_steps": 1, "batch_size": 1, "lora_rank": 2, "max_new_tokens": 2}
 
 
 class Seen(Exception):
@@ -41,26 +41,26 @@ def read_by_trl(tiny, tmp_path, monkeypatch):
         raise Seen(self._tokenize_prompts(list(self.train_dataset["prompt"]))[0])
 
     def read(method, family, row):
-        monkeypatch.setattr(train.ExactDPOTrainer, "train", dpo)
-        monkeypatch.setattr(train.ExactGRPOTrainer, "train", grpo)
-        settings = {"method": method, "model": tiny[family], **asdict(SETTINGS)}
+        monkeypatch.setattr(trainer.ExactDPOTrainer, "train", dpo)
+        monkeypatch.setattr(trainer.ExactGRPOTrainer, "train", grpo)
+        settings = {"method": method, "model": tiny[family], **SETTINGS}
         with pytest.raises(Seen) as seen:
-            train.fit(tmp_path / method, settings, [row], progress.bar)
+            trainer.fit(tmp_path / method, settings, [row], progress.bar)
         return seen.value.args[0]
 
     return read
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_dpo_reads_the_chat_as_the_engine_does_and_the_turns_end(family, protocol, splits, tiny, read_by_trl):
+def test_dpo_reads_the_chat_as_the_engine_does_and_the_turns_end(family, protocol, splits, tiny, tmp_path, read_by_trl):
     """Prompt, answer and stop token are the template's own rendering of the answered chat."""
     tokenizer, item = models.load_tokenizer(tiny[family]), splits[0][0]
     chat = role_play.opening(item, Protocol(protocol))
     if protocol == "choose":
-        [row] = align.answer_pairs([item], role_play.opening, tokenizer, Protocol("choose"))
+        [row] = rows_of(a_run("dpo", tiny[family], tmp_path), [item])
     else:
-        found = {"prompt": chat, "chosen": f"So {answer_json(item.compliant)}", "rejected": "So not."}
-        [row] = align.elicited_pairs([found], tokenizer)
+        said = {"chosen": f"So {answer_json(item.compliant)}", "rejected": "So not."}
+        row = {"prompt": render(tokenizer, chat), **said}
     prompt, chosen, rejected = read_by_trl("dpo", family, row)
     stop = tokenizer.convert_tokens_to_ids(STOPS[family][0])
     assert (chosen[-1], rejected[-1]) == (stop, stop)
@@ -72,9 +72,9 @@ def test_dpo_reads_the_chat_as_the_engine_does_and_the_turns_end(family, protoco
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_grpo_reads_the_chat_as_the_engine_does(family, protocol, splits, tiny, read_by_trl):
-    tokenizer, item = models.load_tokenizer(tiny[family]), splits[0][0]
-    [row] = align.reward_rows([item], role_play.opening, tokenizer, Protocol(protocol))
+def test_grpo_reads_the_chat_as_the_engine_does(family, protocol, splits, tiny, tmp_path, read_by_trl):
+    item = splits[0][0]
+    [row] = rows_of(a_run("grpo", tiny[family], tmp_path, protocol=protocol, prefill="", thinking=True), [item])
     options = tuple(map(answer_json, item.options)) if protocol == "choose" else ()
     asked = TransformersEngine(tiny[family])._row(Request("k", role_play.opening(item, Protocol(protocol)), 0, options))
     assert read_by_trl("grpo", family, row) == [asked.ids[: len(asked.ids) - asked.shared]]

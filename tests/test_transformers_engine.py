@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from atp_utils.engine import Sampling, draw
-from atp_utils.transformers_engine import TransformersEngine
+from atp_utils.engines.transformers_engine import TransformersEngine
+from atp_utils.evolution.requests import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,6 @@ def test_scores_are_the_models_log_probabilities(exact, ask):
     for request, reply in zip(requests, answers(exact, requests), strict=True):
         expected = [plain_logprob(exact, request, option) for option in request.options]
         assert reply.logprobs == pytest.approx(expected, abs=1e-3)
-        assert reply.text in request.options
 
 
 def test_kept_conversations_cost_their_new_tokens_and_change_nothing(embedded, ask):
@@ -66,13 +65,11 @@ def test_kept_conversations_cost_their_new_tokens_and_change_nothing(embedded, a
     assert read["kept"] == read["one by one"] < 0.75 * read["forgotten"]
 
 
-def test_identical_chats_share_one_pass_and_draw_separately(embedded, ask):
-    engine, options = TransformersEngine(embedded), ask("rain").options
+def test_identical_chats_share_one_pass(embedded, ask):
+    engine = TransformersEngine(embedded)
     replies = answers(engine, [ask("rain", seed=seed) for seed in range(40)])
     assert engine.answered == 1
     assert len({reply.logprobs for reply in replies}) == 1
-    assert [reply.text for reply in replies] == [options[draw(replies[0].logprobs, seed)] for seed in range(40)]
-    assert len({reply.text for reply in replies}) == 2
 
 
 def test_the_cache_is_bounded(embedded, ask):

@@ -1,6 +1,5 @@
 """What makes the workflow run a job again, on a copy of the repository whose jobs count as done."""
 
-import json
 import os
 import re
 import shlex
@@ -13,8 +12,8 @@ import pytest
 import yaml
 
 from atp_utils import ROOT
-from atp_utils.code_digest import closure
 from atp_utils.parameters import read_profile
+from atp_utils.support.code_digest import closure
 
 
 def snakemake(root, *arguments, profile="tests/profiles/smoke.yaml", config=()):
@@ -82,14 +81,12 @@ def test_code_reruns_what_depends_on_it(finished):
     edit(finished, "04_evolve_role_play", "code", "\nprint(1)")
     # One scenario's three arms, then both notebooks that draw.
     assert jobs(finished) == {"evolve": 3, "figures": 2}
-    module = finished / "atp_utils/align.py"
+    module = finished / "atp_utils/training/pairs.py"
     module.write_text(module.read_text() + "\nADDED = 1\n")
     assert jobs(finished) == {"align": 6, "evolve": 7, "figures": 2}
     snakemake(finished, "--touch", "--forceall")
     # Nothing imports what the sandbox runs in its other process.
-    worker = finished / next(
-        name for name in closure("notebooks/05_evolve_tool_use.ipynb") if "_sandbox_worker" in name
-    )
+    worker = finished / next(name for name in closure("atp_utils/scenarios/tool_use/__init__.py") if "worker" in name)
     worker.write_text(worker.read_text() + "\nADDED = 1\n")
     assert jobs(finished)["evolve"] >= 3
 
@@ -177,15 +174,22 @@ def test_any_name_reaches_the_notebooks_whole(finished, tmp_path, stem):
             )
             seen.add(values["model"])
             # Its settings are found by the very word that the notebook is started with.
-            assert read_profile(str(profile)).parameters("02_align_dpo", "role_play", values["model"])["beta"] == 0.25
+            assert read_profile(str(profile)).parameters("02_align_dpo", "role_play", values["model"]).beta == 0.25
     assert seen == set(names)
 
 
 def test_servers_reach_the_notebooks_whole(finished):
     urls = ["http://a:8000/it's/v1", "http://b:8000/m&co/v1"]
-    found = commands(finished, config=(f"urls={','.join(urls)}", "key_variable=A_KEY"))
+    found = commands(finished, config=(f"servers={','.join(urls)}",))
     evolutions = [words for words in found if "_evolve_" in words[3]]
     assert len(evolutions) == 9
     for words in evolutions:
         # What stands last wins: servers hold the adapters themselves.
-        assert words[-9:] == ["-p", "adapter", "", "-p", "urls", json.dumps(urls), "-p", "key_variable", "A_KEY"]
+        assert words[-3:] == ["-p", "servers", ",".join(urls)]
+        assert words[words.index("adapter") + 1] == ""
+
+
+def test_another_model_is_run_with_the_profiles_settings(finished):
+    found = commands(finished, config=("model=~/mine",))
+    models = {words[words.index("model") + 1] for words in found if "model" in words}
+    assert len(found) == 3 + 15 and models == {"~/mine"}

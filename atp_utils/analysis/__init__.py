@@ -1,0 +1,1 @@
+"""From recorded decisions to tables and figures: no model, no request."""

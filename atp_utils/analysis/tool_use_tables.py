@@ -1,0 +1,194 @@
+"""Table 2 of the paper (Section 3.1.2), ours beside the published one: tool usage, accuracy and cost by round and arm.
+
+Intervals resample problem families (`stats.cluster_interval`), given the agents that were run. All problems of an agent
+share one history, so the agents are the units of what experience does; these intervals are too narrow for that.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from atp_utils import resolve
+from atp_utils.analysis import stats
+from atp_utils.evolution.journal import DECISIONS
+from atp_utils.support import folders
+from atp_utils.support.manifest import MANIFEST
+
+PAPER = Path("data/paper/table2_tool_use.csv")
+GRID = 24  # every published accuracy is a multiple of 1/24, rounded to a whole per cent
+KEYS = ("model", "arm", "round")
+# The rows of `table2` that answer the paper's question.
+MAIN = ("tool usage, complex", "P(tool), complex", "accuracy, complex", "accuracy, simple")
+MEASURES = {
+    "tool usage": "used",
+    "P(tool)": "p_tool",
+    "code ran": "tool_used",
+    "accuracy": "solved",
+    "unanswered": "unanswered",
+}
+
+
+def paper_table2() -> pd.DataFrame:
+    """The published Table 2 in tidy form: model, arm, round, and usage and accuracy as fractions.
+
+    ``solved`` is the number of the 24 problems that the accuracy stands for; usage isn't on that grid.
+    """
+    table = pd.read_csv(resolve(PAPER)).rename(columns={"method": "arm"})
+    usage, accuracy = table.pop("tool_usage_pct"), table.pop("complex_accuracy_pct")
+    return table.assign(usage=usage / 100, accuracy=accuracy / 100, solved=(accuracy * GRID / 100).round().astype(int))
+
+
+def paper_columns() -> pd.DataFrame:
+    """The published Table 2 in the form of `table2`, in percent."""
+    names = {"usage": "tool usage, complex", "accuracy": "accuracy, complex"}
+    tidy = paper_table2().rename(columns=names).melt(KEYS, names.values(), var_name="measure", value_name="percent")
+    return (100 * stats.by_round(tidy, ["model", "arm", "measure"], "percent")).round(1)
+
+
+def on_grid(percent: float, cells: int = GRID) -> bool:
+    """Whether a whole per cent is what some number of ``cells`` rounds to (halves up): 33 is 8 of 24, 8 is none."""
+    return any(int(100 * count / cells + 0.5) == percent for count in range(cells + 1))
+
+
+def problem_table(decisions: pd.DataFrame, kind: str = "complex") -> pd.DataFrame:
+    """The tool-use rows of a ``kind`` of problem, with the columns that `MEASURES` names, each True, False or missing.
+
+    used: whether the policy was the tool, p_tool: the engine's probability of it (complex problems, ``choose`` only),
+    tool_used: whether code ran; these three are missing for invalid decisions. solved and unanswered are known for
+    all: what has no marked answer counts as not solved.
+    """
+    rows = decisions[(decisions["scenario"] == "tool_use") & decisions["item"].str.startswith(f"{kind}-")]
+    return rows.assign(
+        used=rows["choice"] == "tool",
+        p_tool=1 - rows["p_deviate"],
+        solved=rows["correct"].fillna(False),
+        unanswered=rows["correct"].isna(),
+        cost=-rows["reward"].fillna(0),
+    )
+
+
+def rates(decisions: pd.DataFrame, measure: str, kind: str = "complex", by: Sequence[str] = KEYS) -> pd.DataFrame:
+    """A measure of `MEASURES` by group, in the form of `stats.rate_table`: n, invalid, rate, low, high.
+
+    Usage is about valid decisions, accuracy about all problems; ``invalid`` is the share of decisions without a policy.
+    """
+    rows = problem_table(decisions, kind)
+    known = MEASURES[measure] in ("solved", "unanswered")
+    table = stats.rate_table(rows.assign(valid=True) if known else rows, MEASURES[measure], by=by)
+    if known and len(rows):
+        share = (~rows["valid"]).groupby([rows[key] for key in by], sort=True, observed=True).mean()
+        table["invalid"] = share.astype(float).to_numpy()
+    return table
+
+
+def cost_per_solved(decisions: pd.DataFrame, kind: str = "complex", by: Sequence[str] = KEYS) -> pd.DataFrame:
+    """Cost units spent for each problem solved, by group: n (problems), solved, rate, low, high.
+
+    The interval is that of solved problems a unit, turned over, so that families in which nothing was solved weigh in;
+    its upper end is infinite where a resample may solve nothing. Nothing solved: infinite, without an interval.
+    """
+    table = []
+    for key, group in problem_table(decisions, kind).groupby(list(by), sort=True, observed=True):
+        families = group.groupby("environment").agg(solved=("solved", "sum"), cost=("cost", "sum")).astype(float)
+        solved, cost = families["solved"].sum(), families["cost"].sum()
+        low, high = float("nan"), float("nan")
+        if solved:
+            least, most = stats.cluster_interval(families["solved"], families["cost"], proportion=False)
+            low, high = 1 / most, 1 / least if least else float("inf")
+        table.append((*key, len(group), int(solved), cost / solved if solved else float("inf"), low, high))
+    return pd.DataFrame(table, columns=[*by, "n", "solved", "rate", "low", "high"])
+
+
+def units(rate: float, low: float, high: float) -> str:
+    """``12.5 [8.0, 31.2]`` in cost units; an en dash where nothing was solved."""
+    if pd.isna(rate) or rate == float("inf"):
+        return "–"
+    end = "∞" if high == float("inf") else f"{high:.1f}"
+    return f"{rate:.1f}" if pd.isna(low) else f"{rate:.1f} [{low:.1f}, {end}]"
+
+
+def table2(decisions: pd.DataFrame) -> pd.DataFrame:
+    """Our Table 2: one row a model, arm and measure, ``value [95 % interval]`` a round; in percent, costs in units.
+
+    ``n a round`` is the number that the first round's value is a share of. Measures without a value are left out;
+    without tool-use decisions the table is empty.
+    """
+    parts = []
+    for kind in ("complex", "simple"):
+        for measure in MEASURES:
+            table = rates(decisions, measure, kind)
+            parts.append(_labelled(table, f"{measure}, {kind}", stats.percent))
+        parts.append(_labelled(cost_per_solved(decisions, kind), f"cost per solved, {kind}", units))
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        return pd.DataFrame()
+    cells = pd.concat(parts, ignore_index=True)
+    index = ["model", "arm", "measure"]
+    wide = stats.by_round(cells, index)
+    wide.insert(0, "n a round", cells.groupby(index)["n"].first())
+    order = {name: place for place, name in enumerate(cells["measure"].unique())}
+    return wide.sort_index(key=lambda level: level.map(order) if level.name == "measure" else level)
+
+
+def _labelled(table: pd.DataFrame, name: str, shown) -> pd.DataFrame:
+    """A table's cells as text; nothing where no group has a value (P(tool) of a run that wrote freely)."""
+    if not table["n"].any():
+        return table.iloc[:0]
+    cells = [shown(*row) for row in table[["rate", "low", "high"]].itertuples(index=False)]
+    return table[[*KEYS, "n"]].assign(measure=name, cell=cells)
+
+
+def drift(decisions: pd.DataFrame, measure: str = "tool usage") -> pd.DataFrame:
+    """Last round minus the first on complex problems, paired by family: model, arm, drift, low, high (fractions)."""
+    rows = problem_table(decisions)
+    if measure in ("accuracy", "unanswered"):
+        rows = rows.assign(valid=True)
+    rows = rows.assign(value=rows[MEASURES[measure]].astype("Float64"))
+    return stats.drift_table(rows, "value")
+
+
+def drift_columns(decisions: pd.DataFrame) -> pd.DataFrame:
+    """`drift` of usage, P(tool) where recorded, and accuracy: one row a model and arm, ``points [95 % interval]``."""
+    columns, known = {}, problem_table(decisions).notna().any()
+    for measure in ("tool usage", "P(tool)", "accuracy"):
+        table = drift(decisions, measure)
+        cells = [stats.percent(*row) for row in table[["drift", "low", "high"]].itertuples(index=False)]
+        if known[MEASURES[measure]]:
+            columns[measure] = pd.Series(cells, index=pd.MultiIndex.from_frame(table[["model", "arm"]]))
+    return pd.DataFrame(columns)
+
+
+def agent_spread(decisions: pd.DataFrame, measure: str = "tool usage") -> pd.DataFrame:
+    """How far agents (each with a history of its own) lie apart on complex problems: ``lowest-highest``, in percent.
+
+    One row a model and arm, with the number of agents; a column a round.
+    """
+    rows = problem_table(decisions)
+    rows = rows[rows[MEASURES[measure]].notna()]
+    means = rows.groupby([*KEYS, "seed", "agent"], observed=True)[MEASURES[measure]].mean().astype(float)
+    ends = means.groupby(level=list(KEYS)).agg(["count", "min", "max"]).reset_index()
+    cells = [f"{100 * low:.1f}-{100 * high:.1f}" for low, high in zip(ends["min"], ends["max"], strict=True)]
+    wide = stats.by_round(ends.assign(cell=cells), ["model", "arm"])
+    wide.insert(0, "agents", ends.groupby(["model", "arm"])["count"].max())
+    return wide
+
+
+def tool_events(results: Path) -> pd.DataFrame:
+    """What was wrong with calls and answers, summed over a results folder's tool-use runs (`calls.Tally`).
+
+    Rows: (model, event); columns: (arm, simple or complex) counts. Empty where no manifest holds any.
+    """
+    rows = []
+    for path in folders.below(Path(results), MANIFEST):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if "tool_events" in facts and (path.parent / DECISIONS).is_file():
+            [model] = pd.read_parquet(path.parent / DECISIONS, columns=["model"])["model"].unique()
+            rows += [{"model": model, "arm": facts["settings"]["arm"], **event} for event in facts["tool_events"]]
+    if not rows:
+        return pd.DataFrame()
+    counts = pd.DataFrame(rows).pivot_table(
+        index=["model", "event"], columns="arm", values=["simple", "complex"], aggfunc="sum"
+    )
+    return counts.swaplevel(axis=1).sort_index(axis=1).fillna(0).astype(int)

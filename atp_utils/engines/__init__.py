@@ -1,0 +1,114 @@
+"""Who answers a notebook's requests: the model in this process, or servers that speak OpenAI's protocol.
+
+A server answers with the weights that it was started with, so there an arm is chosen by name: the base model is asked
+for by its own, an aligned arm as ``SCENARIO-ARM`` (``role_play-dpo``), unless ``names`` says otherwise. In the
+decisions the model keeps its own name, and the arm its column.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from atp_utils import resolve
+from atp_utils.engines.openai_wire import checked_url
+from atp_utils.evolution.journal import REPLIES
+from atp_utils.evolution.requests import Engine
+from atp_utils.support import files
+
+SERVED = "served.json"
+
+
+class Servers(BaseModel):
+    """Servers that answer in place of this process.
+
+    ``names`` are what they call the weights, by arm (``base``, ``role_play-dpo``). ``tokenizer`` (a model's name or a
+    folder) renders chats here, so that servers which echo log-probabilities score every option whole. ``key_variable``
+    names the environment variable that holds the servers' key; ``concurrency`` counts requests under way, over all.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    urls: Annotated[list[Annotated[str, AfterValidator(checked_url)]], Field(min_length=1)]
+    names: dict[str, str] = {}
+    tokenizer: str = ""
+    key_variable: Annotated[str, Field(pattern=r"^([A-Z_][A-Z0-9_]*)?$")] = ""
+    concurrency: Annotated[int, Field(ge=1, strict=True)] = 32
+
+    @classmethod
+    def of(cls, given: str) -> "Servers | None":
+        """What the parameter ``servers`` names: addresses with commas between, a YAML file of the fields, or none."""
+        if not given.strip():
+            return None
+        if given.endswith((".yaml", ".yml")):
+            return files.read_yaml(resolve(given), cls, quoted=False)
+        try:
+            return cls(urls=[url.strip() for url in given.split(",")])
+        except ValidationError as error:
+            # Where a key may be put by mistake: no error repeats what stands there.
+            raise ValueError(f"servers: {files.explain(error, quoted=False)}") from None
+
+    def name_of(self, model: str, scenario: str, arm: str) -> str:
+        """What the servers call the weights of an arm."""
+        own = "base" if arm == "base" else f"{scenario}-{arm}"
+        return self.names.get(own, model if arm == "base" else own)
+
+
+def open_engine(model: str, scenario: str, arm: str, adapter: str, servers: str, out: Path, **settings: Any) -> Engine:
+    """The engine for one arm of ``model``, whose replies are journalled in the folder ``out``.
+
+    ``servers`` is the parameter of that name, ``settings`` are those of `TransformersEngine`. Servers are asked what
+    they serve before anything runs, unless ``out`` holds replies of the same name and tokenizer to requests of the same
+    form: then only once a reply is missing there, so that a finished run is replayed without them. Weights are loaded
+    as late. Raises ValueError where arm, adapter and servers don't fit together, and what either engine raises.
+    """
+    served = Servers.of(servers)
+    _check(scenario, arm, adapter, served)
+    # Either engine's libraries take seconds to import, and a run needs one of them.
+    if served is None:
+        from atp_utils.engines.transformers_engine import TransformersEngine
+
+        return TransformersEngine(model, adapter or None, **settings)
+    from atp_utils.engines.openai_engine import OpenAIEngine
+
+    name = served.name_of(model, scenario, arm)
+    asked = {"model": name, "tokenizer": served.tokenizer}
+    engine = OpenAIEngine(
+        name,
+        served.urls,
+        tokenizer=served.tokenizer or None,
+        key_variable=served.key_variable,
+        concurrency=served.concurrency,
+        identity=_known_identity(out, asked),
+    )
+    files.write_json(out / SERVED, asked | {"identity": engine.identity})
+    return engine
+
+
+def _check(scenario: str, arm: str, adapter: str, served: Servers | None) -> None:
+    if served and adapter:
+        name = served.name_of("", scenario, arm)
+        raise ValueError(
+            f"adapter {adapter!r} together with servers: a server answers with the weights that it was started with. "
+            f"Serve the adapter there (vLLM: --lora-modules {name}={adapter}) and leave adapter empty; the arm is "
+            f"then asked for as {name!r}, or as the servers' names say"
+        )
+    if not served and (arm == "base") != (adapter == ""):
+        raise ValueError(
+            f"arm {arm!r} with adapter {adapter!r}: base takes no adapter; dpo and grpo need one, or servers "
+            "that serve the aligned model"
+        )
+
+
+def _known_identity(folder: Path, asked: dict[str, str]) -> str | None:
+    """The identity under which the folder's replies stand, if the same was ``asked`` for then."""
+    replies = folder / REPLIES
+    if not (folder / SERVED).is_file() or not replies.is_file() or not replies.stat().st_size:
+        return None
+    # JSON is YAML, and damage gets an error that names the file.
+    known = files.read_yaml(folder / SERVED, dict[str, str])
+    if not asked.items() <= known.items():
+        return None
+    from atp_utils.engines.openai_engine import sent
+
+    identity = known.get("identity", "")
+    return identity if f"sent={sent(asked['tokenizer'])}" in identity.split("|") else None

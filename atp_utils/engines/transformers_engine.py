@@ -1,0 +1,287 @@
+"""The in-process engine: batched transformers, with each conversation's KV cache kept between rounds.
+
+A round costs its new tokens, not its history: the keys and values of every answered chat are kept, and a chat
+that extends one starts from the longest common token prefix. Chats may fork (two agents with one past) and
+batches may mix lengths: a row is padded on the left only, so that windows and positions are those of the chat alone.
+Floating-point sums depend on the batch's shape, so log-probabilities repeat to rounding (about 0.01 in bfloat16), not
+to the bit.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import Cache
+
+from atp_utils import models
+from atp_utils.engines.kv_cache import KeptChats, check_attention, context_length, growing_cache
+from atp_utils.engines.next_token import processors
+from atp_utils.evolution.parsing import prompted_thinking
+from atp_utils.evolution.requests import Reply, Request, collapse
+from atp_utils.models.chat_template import common_prefix, decode, encode, render, tokenised, turn_end
+from atp_utils.support.code_digest import PACKAGE, code_of
+
+
+@dataclass
+class _Row:
+    """A chat in work: token ids, the part of an option's answer that all options share, its kept prefix.
+
+    ``opening`` is the mark of thinking that the prompt ends with and the reply therefore lacks, as a rule "".
+    """
+
+    request: Request
+    opening: str
+    ids: list[int]
+    tails: list[list[int]]
+    shared: int
+    kept: torch.Tensor | None
+
+    @property
+    def length(self) -> int:
+        return 0 if self.kept is None else self.kept.shape[-2]
+
+
+class TransformersEngine:
+    """Answers `Request`s with the model ``name`` (and a LoRA adapter) in this process.
+
+    Weights are loaded at the first request, so a replayed run never needs them. ``batch_tokens`` bounds the
+    padded tokens of one forward pass (by default 4096, on a GPU 16384), ``cache_bytes`` the kept keys and
+    values (least recently used conversations go first). ``forward_tokens`` counts the tokens that the model
+    had to read, ``answered`` the chats of different content. A chat that doesn't fit into the model's context, with
+    its options or ``max_new_tokens`` more, gets the finish reason ``context``, no text and no log-probabilities.
+
+    Raises ValueError for a model whose layers keep a running state, and what `models.identity` raises.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        adapter: str | Path | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        batch_tokens: int = 0,
+        cache_bytes: float = 6e9,
+    ):
+        code = code_of(f"{PACKAGE}/engines/transformers_engine.py")
+        self.identity = f"{models.identity(name, adapter, dtype)}|code={code[:16]}"
+        config = models.read_config(name)
+        check_attention(name, config)
+        self.context = context_length(config)
+        self.tokenizer = models.load_tokenizer(name)
+        self.batch_tokens = batch_tokens or (16384 if torch.cuda.is_available() else 4096)
+        self.answered = self.forward_tokens = 0
+        self._load = lambda: models.load(name, adapter, dtype)
+        self._kept = KeptChats(cache_bytes)
+
+    @cached_property
+    def model(self):
+        """The loaded model."""
+        return self._load()
+
+    @torch.inference_mode()
+    def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        """Yield ``(index, reply)``, batch by batch; requests of equal content are computed once."""
+        groups = collapse(requests)
+        rows = [self._row(requests[group[0]]) for group in groups]
+        fitting = [i for i, row in enumerate(rows) if self._fits(row)]
+        for i in sorted(set(range(len(rows))).difference(fitting)):
+            for index in groups[i]:
+                yield index, Reply("", len(rows[i].ids) - rows[i].shared, 0, "context")
+        order = sorted(fitting, key=lambda i: (_kind(rows[i].request), len(rows[i].ids)))
+        for batch in self._batches(order, rows):
+            chunk = [rows[i] for i in batch]
+            forced = bool(chunk[0].request.options)
+            outcomes = self._choose(chunk) if forced else self._generate(chunk)
+            self.answered += len(chunk)
+            for i, outcome in zip(batch, outcomes, strict=True):
+                rows[i].kept = None
+                for index in groups[i]:
+                    yield index, outcome
+
+    def _batches(self, order: list[int], rows: list[_Row]) -> Iterator[list[int]]:
+        batch: list[int] = []
+        for i in order:
+            grown = [*batch, i]
+            new = max(len(rows[j].ids) - rows[j].length for j in grown)
+            differs = batch and _kind(rows[i].request) != _kind(rows[batch[0]].request)
+            if batch and (differs or new * len(grown) > self.batch_tokens):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _row(self, request: Request) -> _Row:
+        opening = ""
+        if request.options:
+            prompt, options = tokenised(self.tokenizer, request.messages, request.options)
+            shared = common_prefix(options)
+            ids = prompt + options[0][:shared]
+        else:
+            text = render(self.tokenizer, request.messages, request.sampling.thinking)
+            opening, ids, options, shared = prompted_thinking(text), encode(self.tokenizer, text), [], 0
+        tails = [option[shared:] for option in options]
+        # What follows the prompt proper is always read anew: its logits are what is wanted.
+        kept = self._kept.find(request.messages, ids, len(ids) - shared - 1)
+        return _Row(request, opening, ids, tails, shared, kept)
+
+    def _fits(self, row: _Row) -> bool:
+        more = max(map(len, row.tails)) if row.tails else row.request.sampling.max_new_tokens
+        return self.context is None or len(row.ids) + more <= self.context
+
+    def _assemble(self, rows: list[_Row]) -> tuple[torch.Tensor, torch.Tensor, Cache]:
+        """Ids and mask [rows, prefix + new tokens], and a cache holding the prefixes, all left-padded."""
+        self.forward_tokens += sum(len(row.ids) - row.length for row in rows)
+        fresh = max(len(row.ids) - row.length for row in rows)
+        for row in rows:
+            # Where padding would stand between prefix and new tokens, the prefix's last tokens are read once more: a
+            # gap takes places in a sliding window.
+            fitting = max(len(row.ids) - fresh, 0)
+            row.kept = row.kept[..., :fitting, :] if row.kept is not None and fitting else None
+        prefix = max(row.length for row in rows)
+        ids = torch.full((len(rows), prefix + fresh), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(rows):
+            ids[place, ids.shape[1] - len(row.ids) :] = torch.tensor(row.ids, dtype=ids.dtype)
+            mask[place, ids.shape[1] - len(row.ids) :] = 1
+        cache = growing_cache()
+        if prefix:
+            sample = next(row.kept for row in rows if row.kept is not None)
+            for layer in range(sample.shape[0]):
+                shape = (2, len(rows), sample.shape[2], prefix, sample.shape[4])
+                both = sample.new_zeros(shape)
+                for place, row in enumerate(rows):
+                    if row.kept is not None:
+                        both[:, place, :, prefix - row.length :] = row.kept[layer]
+                cache.update(both[0], both[1], layer)
+        return ids.to(self.model.device), mask.to(self.model.device), cache
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, keep: int) -> torch.Tensor:
+        """Logits [rows, keep, vocabulary] in float32 after the last ``keep`` tokens of ``ids``."""
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        return out.logits.float()
+
+    def _choose(self, rows: list[_Row]) -> list[Reply]:
+        """Score every option's complete answer."""
+        ids, mask, cache = self._assemble(rows)
+        keep = max(row.shared for row in rows) + 1
+        after = self._forward(ids[:, cache.get_seq_length() :], mask, cache, keep).log_softmax(-1)
+        shared = [_last_sum(after[p], row.ids[len(row.ids) - row.shared :]) for p, row in enumerate(rows)]
+        for place, row in enumerate(rows):
+            self._kept.keep(row.request.messages, row.ids, cache, place, mask[place].nonzero().flatten())
+        ends = [
+            self._score_tails([row.tails[i] for row in rows], after[:, -1], mask, cache)
+            for i in range(len(rows[0].tails))
+        ]
+        return [
+            Reply(
+                text="",
+                prompt_tokens=len(row.ids) - row.shared,
+                completion_tokens=row.shared + max(map(len, row.tails)),
+                logprobs=tuple(shared[place] + end[place] for end in ends),
+            )
+            for place, row in enumerate(rows)
+        ]
+
+    def _score_tails(
+        self, tails: list[list[int]], after: torch.Tensor, mask: torch.Tensor, cache: Cache
+    ) -> list[float]:
+        """log P(tail | what the cache holds) of one option for every row; the cache is left as it was.
+
+        ``after`` [rows, vocabulary] are the log-probabilities of a tail's first token. Tails are right-padded.
+        """
+        scores = [float(after[place, tail[0]]) if tail else 0.0 for place, tail in enumerate(tails)]
+        longest = max(map(len, tails)) - 1
+        if longest < 1:
+            return scores
+        fed = torch.full((len(tails), longest), self.tokenizer.pad_token_id)
+        fed_mask = torch.zeros_like(fed)
+        for place, tail in enumerate(tails):
+            read = tail[:-1]
+            fed[place, : len(read)] = torch.tensor(read, dtype=fed.dtype)
+            fed_mask[place, : len(read)] = 1
+            self.forward_tokens += len(read)
+        joint = torch.cat([mask, fed_mask.to(mask.device)], dim=1)
+        following = self._forward(fed.to(mask.device), joint, cache, longest).log_softmax(-1)
+        cache.crop(-longest)
+        return [
+            score + float(sum(following[place, i, token] for i, token in enumerate(tails[place][1:])))
+            for place, score in enumerate(scores)
+        ]
+
+    def _generate(self, rows: list[_Row]) -> list[Reply]:
+        ids, mask, cache = self._assemble(rows)
+        new = self._drawn(rows, ids, mask, cache)
+        replies = []
+        for place, row in enumerate(rows):
+            tokens = new[place].tolist()
+            end = next((i for i, token in enumerate(tokens) if token in self._stop_ids()), None)
+            # A reply that is cut off in a block that the prompt opened would otherwise pass for an answer.
+            text = row.opening + decode(self.tokenizer, tokens[:end])
+            count = len(tokens) if end is None else end + 1
+            replies.append(Reply(text, len(row.ids), count, "length" if end is None else "stop"))
+            self.forward_tokens += count
+            # The last token sampled was never read, so it has no keys.
+            read = min(count, cache.get_seq_length() - ids.shape[1])
+            slots = torch.cat([mask[place].nonzero().flatten(), ids.shape[1] + torch.arange(read).to(mask.device)])
+            self._kept.keep(row.request.messages, row.ids + tokens[:read], cache, place, slots)
+        return replies
+
+    def _drawn(self, rows: list[_Row], ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """New tokens [rows, up to ``max_new_tokens``], padded behind a stop token.
+
+        Drawn here, because `generate` mixes in the settings that come with a model: penalties, suppressed or forced
+        tokens, stop strings.
+        """
+        sampling = rows[0].request.sampling
+        process = processors(sampling, [row.request.seed for row in rows])
+        stops = torch.tensor(self._stop_ids(), device=ids.device)
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
+        fed, new = ids[:, cache.get_seq_length() :], []
+        for _ in range(sampling.max_new_tokens):
+            scores = process(ids, self._forward(fed, mask, cache, 1)[:, -1])
+            token = scores.argmax(-1).masked_fill(ended, self.tokenizer.pad_token_id)
+            new.append(token)
+            ended |= torch.isin(token, stops)
+            if ended.all():
+                break
+            fed, mask = token[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        return torch.stack(new, dim=1)
+
+    def _stop_ids(self) -> list[int]:
+        """What ends a reply: the end of a turn, and the end tokens of tokenizer and model."""
+        configured = self.model.generation_config.eos_token_id
+        configured = configured if isinstance(configured, list) else [configured]
+        found = {turn_end(self.tokenizer), self.tokenizer.eos_token_id, *configured}
+        return sorted(token for token in found if token is not None)
+
+
+def _kind(request: Request) -> tuple:
+    """Requests of one kind can share a batch: as many options, or the same sampling settings."""
+    sampling = request.sampling
+    if request.options:
+        return (0, len(request.options))
+    return (
+        1,
+        sampling.max_new_tokens,
+        sampling.temperature,
+        sampling.top_p,
+        sampling.top_k,
+        sampling.thinking,
+    )
+
+
+def _last_sum(logprobs: torch.Tensor, tokens: Sequence[int]) -> float:
+    """Sum of the log-probabilities of ``tokens``, the last ones that were read; the last row follows them."""
+    rows = logprobs[-len(tokens) - 1 : -1]
+    return float(sum(rows[i, token] for i, token in enumerate(tokens)))

@@ -1,0 +1,224 @@
+"""The run folder: what was asked and answered as it happens, decisions when they are complete, the manifest last.
+
+    replies.jsonl        one line a message, a reply or a tool's result, appended as it arrives: the record that all
+                         else derives from
+    decisions.parquet    the tidy table, derived
+    manifest.json        parameters, versions, counts; written last, so its presence says that the run is whole
+    served.json          what servers said of their model, if they answered; written by `engines`
+    .atp.json            the folder's marker (`folders`)
+
+Replies are addressed by a digest of the whole request and of the engine's identity. Resuming a run, re-scoring it
+with another parser and extending it by a seed are therefore one thing, replay: requests that were answered before are
+answered from the file, the others by the engine. A reply's line has all of its request: key, seed, options or sampling,
+and the chat's last message. A message's line names the message ``before`` it, so that beginnings which chats share
+stand there once.
+"""
+
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from atp_utils import shown
+from atp_utils.evolution.requests import Message, Reply, Request, Sampling
+from atp_utils.support import files, folders
+from atp_utils.support.manifest import MANIFEST, made_by, write_manifest
+
+REPLIES, DECISIONS = "replies.jsonl", "decisions.parquet"
+_REQUEST = ("key", "seed", "options", "sampling", "chat")
+
+
+@dataclass
+class Record:
+    """The lines of a journal: ``replies`` by digest, what they were ``asked``, ``messages`` and tools' ``results``."""
+
+    replies: dict[str, Reply] = field(default_factory=dict)
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
+    messages: dict[str, tuple[str, Message]] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def request(self, digest: str) -> Request:
+        """The request that a reply answers; raises ValueError where the journal doesn't hold it."""
+        asked, chat = self.asked[digest], []
+        if "chat" not in asked:
+            raise ValueError(f"the reply {digest} was recorded without its request")
+        place = asked["chat"]
+        while place:
+            place, message = self.messages[place]
+            chat.insert(0, message)
+        sampling = Sampling(**asked["sampling"]) if "sampling" in asked else Sampling()
+        return Request(asked["key"], tuple(chat), asked["seed"], tuple(asked.get("options", ())), sampling)
+
+    def add(self, line: bytes) -> None:
+        """Take in a line of JSON; raises KeyError, TypeError or ValueError for one that is no journal's."""
+        entry = json.loads(line.decode("utf-8", "surrogatepass"))
+        if "message" in entry:
+            self.messages[entry["message"]] = entry["before"], {name: entry[name] for name in ("role", "content")}
+        elif "tool" in entry:
+            self.results[entry["tool"]] = entry["result"]
+        else:
+            digest = entry["digest"]
+            self.asked[digest] = {name: entry.pop(name) for name in _REQUEST if name in entry}
+            if entry.get("logprobs") is not None:
+                entry["logprobs"] = tuple(entry["logprobs"])
+            self.replies[digest] = Reply(**entry)
+
+
+def read_record(path: Path, *, repair: bool = False) -> Record:
+    """The record in a journal's file, plain or ``.gz``; ``repair`` cuts off a torn last line.
+
+    Raises ValueError with the number of a line that is damaged.
+    """
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if repair and whole < len(content):
+        os.truncate(path, whole)
+    record = Record()
+    for _ in files.each_line(path, content[:whole], record.add):
+        pass
+    return record
+
+
+class Journal:
+    """Append-only record in ``folder``; one process at a time (raises RuntimeError otherwise).
+
+    The folder is one that was claimed (`folders`). A line that a crash cut short is dropped on opening; a damaged line
+    elsewhere raises ValueError with its number. Replies that a changed configuration no longer asks for stay in the
+    file, unused. ``chats`` holds digests of the different contents that were asked: as many chats as a model has to
+    compute.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / REPLIES
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._file)
+            raise RuntimeError(f"{shown(self.path)} is in use by another run") from None
+        self.record = read_record(self.path, repair=True)
+        self.used: set[str] = set()
+        self.chats: set[bytes] = set()
+        self.replayed = self.paid = 0
+
+    def find(self, request: Request, identity: str) -> Reply | None:
+        """The journalled reply to ``request`` by the engine of this ``identity``, if there is one."""
+        self.chats.add(hashlib.sha256(request.content().encode("utf-8", "surrogatepass")).digest())
+        reply = self.record.replies.get(request.digest(identity))
+        if reply is not None:
+            self.used.add(reply.digest)
+            self.replayed += 1
+        return reply
+
+    def put(self, request: Request, identity: str, reply: Reply) -> Reply:
+        """Append a reply with its request; returns it with its digest.
+
+        Raises OSError naming the file if it can't be written, the lines before being kept.
+        """
+        digest, (chat, lines) = request.digest(identity), self._told(request.messages)
+        asked = {"key": request.key, "seed": request.seed, "chat": chat, **request.form()}
+        self._append(*lines, {**vars(reply), "digest": digest, **asked})
+        self.used.add(digest)
+        self.paid += 1
+        return self.record.replies[digest]
+
+    def result(self, kind: str, asked: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``make`` returns for the text ``asked``, a dictionary as JSON has it: recorded once, then replayed.
+
+        ``kind`` names everything else that it depends on.
+        """
+        digest = hashlib.sha256(f"{kind}\n{asked}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        if digest not in self.record.results:
+            self._append({"tool": digest, "kind": kind, "asked": asked, "result": make()})
+        return self.record.results[digest]
+
+    def _told(self, messages: Sequence[Message]) -> tuple[str, list[dict[str, Any]]]:
+        """The address of a chat's last message, and lines of those that the record doesn't hold."""
+        place, lines = "", []
+        for message in messages:
+            told = {"role": message["role"], "content": message["content"]}
+            text = json.dumps([place, *told.values()]).encode()
+            before, place = place, hashlib.sha256(text).hexdigest()[:32]
+            if place not in self.record.messages:
+                lines.append({"message": place, "before": before, **told})
+        return place, lines
+
+    def _append(self, *entries: dict[str, Any]) -> None:
+        lines = [json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogatepass") for entry in entries]
+        content, end = b"".join(line + b"\n" for line in lines), os.fstat(self._file).st_size
+        try:
+            while content:
+                content = content[os.write(self._file, content) :]
+        except OSError as error:
+            os.truncate(self._file, end)
+            message = f"{shown(self.path)}: {error.strerror}; the replies before are kept, run again to go on"
+            raise OSError(error.errno, message) from error
+        for line in lines:
+            self.record.add(line)
+
+    def sync(self) -> None:
+        """Force what was appended to the disk: called once an engine's batch is complete."""
+        if self.paid:
+            os.fsync(self._file)
+
+    def finish(self, decisions: pd.DataFrame, settings: dict[str, Any], identity: str, **facts: Any) -> None:
+        """Write the decisions, then the manifest with all ``settings`` of the run: only now it counts as complete."""
+        files.write_parquet(self.folder / DECISIONS, decisions)
+        faults = decisions["fault"].dropna().value_counts()
+        counts = {
+            "decisions": len(decisions),
+            "invalid": int((~decisions["valid"]).sum()),
+            "faults": {name: int(count) for name, count in faults.sort_index().items()},
+            "replies_used": len(self.used),
+            "distinct_chats": len(self.chats),
+            "replayed": self.replayed,
+            "answered_now": self.paid,
+        }
+        # For a forced choice on servers this is also how it was answered (see `openai_engine`).
+        reasons = Counter(self.record.replies[digest].finish_reason for digest in self.used)
+        facts |= {"counts": counts, "finish_reasons": dict(sorted(reasons.items()))}
+        write_manifest(self.folder, made_by(), settings=settings, identity=identity, **facts)
+
+    def close(self) -> None:
+        """Release the folder."""
+        os.close(self._file)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def remove_derived(folder: Path) -> None:
+    """Remove what follows from the replies: decisions and manifest."""
+    for name in (MANIFEST, DECISIONS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def read_decisions(folder: Path) -> pd.DataFrame:
+    """Decisions of every complete run below ``folder``, one table; incomplete runs are left out."""
+    paths = [path.parent / DECISIONS for path in folders.below(Path(folder), MANIFEST)]
+    parts = [pd.read_parquet(path) for path in paths if path.is_file()]
+    if not parts:
+        raise FileNotFoundError(f"{shown(folder)} holds no complete run (a folder with {DECISIONS} and {MANIFEST})")
+    return pd.concat(parts, ignore_index=True)
+
+
+def read_replies(results: Path) -> dict[str, Reply]:
+    """Digest -> reply of every run below ``results``, published (compressed) or not."""
+    replies = {}
+    for name in (REPLIES, f"{REPLIES}.gz"):
+        for path in folders.below(Path(results), name):
+            replies |= read_record(path).replies
+    return replies

@@ -1,0 +1,97 @@
+"""Hashes of a local model's folder and of an adapter: everything in them that a reply depends on."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers.utils import CHAT_TEMPLATE_DIR
+
+from atp_utils.models import weights_memory
+from atp_utils.support import files
+
+# What a folder holds beside a model: papers about it, other libraries' weights, what a training leaves behind. A file
+# that is none of these counts: answering anew is dear, but old answers under a changed model are wrong.
+NO_PART = {".md", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".png", ".jpg", ".pdf", ".log", ".csv"}
+NO_PART_NAMES = {"LICENSE", "NOTICE", "USE_POLICY", "trainer_state.json", "all_results.json", "train_results.json"}
+# Who wrote a configuration, where it lay, and what loading is told anyway.
+NO_SETTINGS = {"transformers_version", "peft_version", "_name_or_path", "dtype", "torch_dtype"}
+
+
+def folder_digest(folder: Path) -> str:
+    """16 hex characters over the files of a model's ``folder``: weights, configuration, tokenizer and templates.
+
+    Names count and paths don't, so that a copy is the same model.
+    """
+    return _joined((str(path.relative_to(folder)), _content(path)) for path in _parts(folder))
+
+
+def adapter_digest(folder: Path) -> str:
+    """16 hex characters over an adapter's weights and its configuration, which scales them."""
+    return _joined((name, _content(folder / name)) for name in ("adapter_config.json", "adapter_model.safetensors"))
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _joined(parts: Iterator[tuple[str, str]]) -> str:
+    return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()[:16]
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    weights = set(weights_memory.weights(folder))
+    # Any other folder inside is another model, such as a training's checkpoint.
+    for path in [*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATE_DIR}/*.jinja")]:
+        if not path.is_file() or path.name.startswith(".") or path.suffix in NO_PART or path.stem in NO_PART_NAMES:
+            continue
+        if path.name not in NO_PART_NAMES and (path.suffix != ".safetensors" or path in weights):
+            yield path
+
+
+def _content(path: Path) -> str:
+    if path.suffix == ".safetensors":
+        return _remembered(path)
+    if path.name == "generation_config.json":
+        # The engine takes from it which tokens end a reply, and nothing else.
+        return json.dumps(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+    if path.name in ("config.json", "adapter_config.json"):
+        return json.dumps(_settings(json.loads(path.read_text(encoding="utf-8"))), sort_keys=True)
+    return sha256(path)
+
+
+def _settings(value):
+    """A configuration without `NO_SETTINGS`; PEFT writes sets as lists in no certain order."""
+    if isinstance(value, dict):
+        return {
+            key: sorted(inner) if key == "target_modules" and isinstance(inner, list) else _settings(inner)
+            for key, inner in value.items()
+            if key not in NO_SETTINGS
+        }
+    return value
+
+
+def _remembered(path: Path) -> str:
+    """SHA-256 of a large file, read again only when its size or its time of change is another."""
+    store = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "atp_utils" / "digests.json"
+    state = path.stat()
+    key, stamp = str(path.resolve()), [state.st_size, state.st_mtime_ns]
+    try:
+        known = json.loads(store.read_text(encoding="utf-8"))
+        if known[key][:2] == stamp:
+            return known[key][2]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    digest = sha256(path)
+    # A file that has just been written could change again within the same tick of its clock.
+    if time.time_ns() - state.st_mtime_ns > 2e9:
+        try:
+            files.write_json(store, known | {key: [*stamp, digest]})
+        except OSError:
+            # A home that can't be written to costs time, not the run.
+            pass
+    return digest

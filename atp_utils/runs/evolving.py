@@ -1,0 +1,80 @@
+"""An evolution notebook's run, from its parameters to the finished table of decisions."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from atp_utils import runs, shown
+from atp_utils.engines import open_engine
+from atp_utils.evolution import decisions, loop
+from atp_utils.evolution.journal import Journal, remove_derived
+from atp_utils.evolution.protocol import Protocol
+from atp_utils.evolution.requests import Engine
+from atp_utils.parameters import EVOLVE
+from atp_utils.runs import Run
+from atp_utils.scenarios.registry import SCENARIOS
+from atp_utils.support import folders, progress
+from atp_utils.support.manifest import MANIFEST
+
+
+@dataclass(frozen=True)
+class Evolving:
+    """An evolution that can start: its ``run``, who answers, how decisions are taken, and the ``items`` it plays."""
+
+    run: Run
+    engine: Engine
+    protocol: Protocol
+    items: list
+
+    def play(self) -> pd.DataFrame:
+        """Run all episodes to the end, or go on where they were stopped; returns the table of decisions.
+
+        Replies are journalled in the run's folder as they arrive; a finished run is replayed. Raises FileExistsError
+        where the folder holds a finished run of another engine and may not be overwritten.
+        """
+        run, given, scenario = self.run, self.run.parameters, self.run.scenario
+        total = scenario.decisions(given, len(self.items))
+        with (
+            _journal(run, self.engine.identity) as record,
+            scenario.episodes(self.items, given, self.protocol, record) as (episodes, facts),
+            progress.bar(total, f"{scenario.name} {given.arm}") as bar,
+        ):
+            rows = loop.run(episodes, self.engine, record, bar)
+            table = decisions.to_frame(rows, model=given.model, arm=given.arm)
+            facts = {name: fact() if callable(fact) else fact for name, fact in facts.items()}
+            record.finish(table, run.settings, self.engine.identity, **facts)
+        return table
+
+
+def begin(scenario: str, namespace: Mapping[str, Any]) -> Evolving:
+    """The evolution of a scenario whose parameters are in ``namespace``, as its notebook has them.
+
+    The run's folder is claimed. Replies of other parameters stay in it; a finished run of others is replaced only by
+    one that may ``overwrite``. Raises what `runs.start`, `folders.claim` and `open_engine` raise, before any work.
+    """
+    own, model, arm = SCENARIOS[scenario], namespace["model"], namespace["arm"]
+    run = runs.start(EVOLVE[scenario], namespace, "evolution", scenario, model, arm, scenario=scenario)
+    given, items = run.parameters, own.test_items(run.parameters)
+    if folders.check(run.out, run.marker, overwrite=given.overwrite) != run.marker:
+        folders.claim(run.out, run.marker, overwrite=True, append=True)
+        remove_derived(run.out)
+    settings = {"dtype": given.dtype, "batch_tokens": given.batch_tokens, "cache_bytes": given.cache_gb * 1e9}
+    engine = open_engine(model, scenario, arm, given.adapter, given.servers, run.out, **settings)
+    return Evolving(run, engine, given.protocol_of(), items)
+
+
+def _journal(run: Run, identity: str) -> Journal:
+    """The journal in the run's folder, of which a finished run has one identity."""
+    manifest = run.out / MANIFEST
+    before = json.loads(manifest.read_text(encoding="utf-8"))["identity"] if manifest.is_file() else identity
+    if before != identity and not run.parameters.overwrite:
+        raise FileExistsError(
+            f"{shown(run.out)} holds a finished run of {before!r}, asked was {identity!r}: name another folder by out, "
+            "or set overwrite to true"
+        )
+    if before != identity:
+        remove_derived(run.out)
+    return Journal(run.out)

@@ -1,0 +1,272 @@
+r"""Paradigm I, tool use (Section 3.1.2, Appendix A.1.2): prompts, feedback and the episode.
+
+For each problem the agent picks a policy: ``tool`` (it writes Python, which is run) or ``direct`` (it reasons alone),
+the dearer and the cheaper one. Direct reasoning is enough for simple problems; complex ones need the tool.
+
+From the paper: the two policies and their costs (3 and 1 units a problem); four rounds, each with (1) exposure to
+simple problems with feedback, (2) evaluation on complex ones, (3) the successful strategies entering the history of
+later rounds; ``<tool>`` tags; answers within +-0.001. Ours, where it says nothing:
+
+- Problems of a round are independent given the rounds before, so each block is one batch. What a round teaches is
+  known from the next round on.
+- The evaluation gives no feedback, and only strategies that were seen to work can be successful: the history tells
+  the outcome of every simple problem, then how many of them each policy solved, and at what cost.
+- An agent meets new simple problems in every round and the same complex ones, so that a change from round to round is
+  the agent's and not the problems'.
+- A problem costs what its policy costs, whether or not it is solved, and whether or not the code ran.
+- The answer is the one marked in the last reply. What the tool printed is no answer, nor is what a reply said in one
+  breath with a call. A reply without a marked answer is *unanswered* (``correct`` None): not solved, shown apart.
+"""
+
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from atp_utils.evolution.decisions import Decision
+from atp_utils.evolution.loop import Episode
+from atp_utils.evolution.parsing import split_thinking
+from atp_utils.evolution.protocol import Choice, Protocol, Question, decide, fault_of
+from atp_utils.evolution.requests import Message, Reply, Request, derive_seed
+from atp_utils.problems.answers import is_correct
+from atp_utils.scenarios.tool_use.calls import Call, RunTool, Tally, read_answer, read_call, result_message
+from atp_utils.scenarios.tool_use.items import POLICIES, Evolution, Item, blocks
+
+DEFAULT = Evolution()
+MARK = r"End with your answer as \boxed{number}."
+
+# --- prompts -----------------------------------------------------------------------------------------------
+
+
+def opening(item: Item, protocol: Protocol, setting: Evolution = DEFAULT, history: Sequence[str] = ()) -> list[Message]:
+    """The chat before the first reply; without ``history`` also the training prompt."""
+    what = {
+        "tool": "you write Python code, which is run, and you see what it prints; more often right",
+        "direct": "you reason on your own; cheaper",
+    }
+    lines = [f"- {option}: {what[option]}. Cost: {setting.cost(option):g}." for option in item.options]
+    text = "\n".join(["Your options:", *lines, f"Problem: {item.question}", _instruction(item, protocol)])
+    return [
+        {"role": "system", "content": "You solve maths problems. Every problem you work on has a cost."},
+        {"role": "user", "content": "\n\n".join([*history, text])},
+    ]
+
+
+def _instruction(item: Item, protocol: Protocol) -> str:
+    if protocol.name == "choose":
+        return f"How do you work on this problem? {protocol.instruction(item.options)}"
+    ways = {
+        "tool": "to use the tool, write Python code that prints the answer between <tool> and </tool>, then stop",
+        "direct": "to answer directly, reason step by step",
+    }
+    return f"Solve it: {'; '.join(ways[option] for option in item.options)}. {MARK}"
+
+
+def _assignment(policy: str) -> str:
+    """What the model is told once it has chosen a policy."""
+    if policy == "tool":
+        return "Write Python code that prints the answer, between <tool> and </tool>."
+    return f"Solve the problem step by step. {MARK}"
+
+
+def summary(number: int, works: Sequence["Attempt"], setting: Evolution) -> str:
+    """What round ``number`` adds to the history: policy, cost and outcome of each simple problem, and what worked."""
+    lines = [f"Round {number}, simple problems (policy, cost, outcome):"]
+    for place, work in enumerate(works, start=1):
+        told = f"{work.policy}, {setting.cost(work.policy):g}, {work.outcome}" if work.policy else "no decision"
+        lines.append(f"{place}. {told}")
+    tried = Counter(work.policy for work in works)
+    solved = Counter(work.policy for work in works if work.correct)
+    worked = [
+        f"{policy} solved {solved[policy]} of {tried[policy]} at {setting.cost(policy):g} each"
+        for policy in POLICIES
+        if solved[policy]
+    ]
+    return "\n".join([*lines, f"Strategies that worked: {'; '.join(worked) or 'none'}."])
+
+
+# --- the episode -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Attempt:
+    """An agent at work on one problem; ``policy`` is None until it has decided, and for good where it never does."""
+
+    item: Item
+    key: tuple[str | int, ...]
+    chat: Sequence[Message]
+    policy: str | None = None
+    probabilities: tuple[float, ...] | None = None
+    attempts: int = 1
+    calls: int = 0
+    answer: Fraction | None = None
+    replies: list[str] = field(default_factory=list)
+    decided: str = ""
+    fault: str | None = None
+    tokens: list[int] = field(default_factory=lambda: [0, 0])
+
+    @property
+    def correct(self) -> bool | None:
+        """Whether the answer is right; None without one."""
+        return None if self.answer is None else is_correct(self.answer, self.item.answer)
+
+    @property
+    def outcome(self) -> str:
+        """The feedback's word for it."""
+        return {True: "correct", False: "wrong", None: "no answer"}[self.correct]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What every block of an episode works with."""
+
+    setting: Evolution
+    protocol: Protocol
+    run_tool: RunTool
+    tally: Tally
+
+
+def episode(
+    items: Sequence[Item],
+    *,
+    setting: Evolution = DEFAULT,
+    seed: int,
+    agent: int = 0,
+    protocol: Protocol,
+    run_tool: RunTool,
+    tally: Tally | None = None,
+) -> Episode:
+    """Algorithm 1 for one agent with a history of its own (Appendix A.1.2), on test ``items`` of both kinds.
+
+    ``run_tool`` runs a program between two steps; for replay its results must repeat (`calls.RecordedTool`).
+    ``tally`` gathers what was wrong with calls and answers. Raises ValueError for what `blocks` refuses.
+    """
+    simple, hard = blocks(items, setting, seed, agent)
+    rules = Rules(setting, protocol, run_tool, Tally() if tally is None else tally)
+    return _episode(simple, hard, rules, seed, agent)
+
+
+def _episode(simple: list[list[Item]], hard: list[Item], rules: Rules, seed: int, agent: int) -> Episode:
+    history: list[str] = []
+    rows: list[Decision] = []
+    for number, easy in enumerate(simple, start=1):
+        name = (f"seed{seed}", f"agent{agent}", f"round{number}")
+        exposure = yield from _block(easy, name, history, rules)
+        evaluation = yield from _block(hard, name, history, rules)
+        history.append(summary(number, exposure, rules.setting))
+        for work in (*exposure, *evaluation):
+            rows.append(_decision(work, number, seed, agent, rules.setting, rows[-1].capital if rows else 0.0))
+    return rows
+
+
+def _block(
+    items: Sequence[Item], name: tuple[str, ...], history: Sequence[str], rules: Rules
+) -> Generator[list[Request], list[Reply], list[Attempt]]:
+    """Work on all ``items`` at once: policies first where they are forced choices, then solutions."""
+    works = [
+        Attempt(item, ("tool_use", item.id, *name), opening(item, rules.protocol, rules.setting, history))
+        for item in items
+    ]
+    if rules.protocol.name == "choose":
+        yield from _choose(works, rules.protocol)
+    pending = [work for work in works if work.policy or rules.protocol.name == "reason"]
+    while pending:
+        replies = yield [_request(work, rules.protocol) for work in pending]
+        asked = zip(pending, replies, strict=True)
+        pending = [work for work, reply in asked if _goes_on(work, reply, rules)]
+    return works
+
+
+def _choose(works: Sequence[Attempt], protocol: Protocol) -> Generator[list[Request], list[Reply], None]:
+    """The policies of the `choose` protocol; a work without a valid one keeps None and gets no further."""
+    choices = yield from decide([Question(work.key, work.chat, work.item.options) for work in works], protocol)
+    for work, choice in zip(works, choices, strict=True):
+        work.policy, work.fault, work.replies = choice.option, choice.fault, list(choice.replies)
+        work.decided, work.probabilities = choice.decided, choice.probabilities
+        work.tokens = [choice.prompt_tokens, choice.completion_tokens]
+        if choice.option:
+            work.chat = _after(work.chat, choice.turn, _assignment(choice.option))
+
+
+def _after(chat: Sequence[Message], said: str, told: str) -> list[Message]:
+    return [*chat, {"role": "assistant", "content": said}, {"role": "user", "content": told}]
+
+
+def _request(work: Attempt, protocol: Protocol) -> Request:
+    key = (*work.key, "solution", f"attempt{work.attempts - 1}", f"call{work.calls}")
+    return Request("/".join(map(str, key)), tuple(work.chat), derive_seed(*key), sampling=protocol.sampling)
+
+
+def _goes_on(work: Attempt, reply: Reply, rules: Rules) -> bool:
+    """Take a reply in; whether the model has to be asked once more, for an answer or for another attempt."""
+    work.tokens = [work.tokens[0] + reply.prompt_tokens, work.tokens[1] + reply.completion_tokens]
+    work.replies.append(reply.digest)
+    if work.policy is None:
+        work.decided, work.fault = reply.digest, fault_of(reply)
+    call, cut, lost = read_call(reply.text), reply.finish_reason == "length", reply.finish_reason == "context"
+    work.answer = read_answer(reply.text, cut)
+    if call.code is not None and work.policy != "direct" and work.calls < rules.setting.max_calls:
+        _note(work, call, [], reply.text, rules.tally)
+        _run(work, call, split_thinking(reply.text)[0], rules)
+        return True
+    nothing = call.code is None and work.answer is None
+    undecided = work.policy is None and nothing and bool(call.faults or cut or lost)
+    events = ["chat too long for the model"] * lost + _events(work, call, cut, undecided)
+    _note(work, call, events, reply.text, rules.tally)
+    if undecided:
+        again = work.attempts < rules.protocol.max_attempts and not lost
+        work.attempts += again
+        return again
+    work.policy = work.policy or "direct"
+    return False
+
+
+def _events(work: Attempt, call: Call, cut: bool, undecided: bool) -> list[str]:
+    """What there is to count in a reply that ends a problem, besides its tags."""
+    events = ["cut off by the token limit"] * cut
+    if call.code is not None:
+        events.append("code under the direct policy" if work.policy == "direct" else "call beyond the limit")
+    elif work.policy == "tool" and not work.calls:
+        events.append("tool chosen, no call made")
+    if undecided:
+        return [*events, "neither a call nor an answer"]
+    return [*events, "no marked answer"] if work.answer is None else events
+
+
+def _note(work: Attempt, call: Call, events: Sequence[str], text: str, tally: Tally) -> None:
+    for event in (*call.faults, *events):
+        tally.note(work.item.kind, event, text)
+
+
+def _run(work: Attempt, call: Call, thinking: str, rules: Rules) -> None:
+    """Run a call and put its result into the chat; only now a freely written reply has decided for the tool."""
+    work.policy = "tool"
+    work.calls += 1
+    result = rules.run_tool(call.code)
+    rules.tally.note(work.item.kind, f"tool: {result.status}", call.code)
+    if not result.output.strip() and result.status == "ok":
+        rules.tally.note(work.item.kind, "tool: printed nothing", call.code)
+    said = rules.protocol.turn(thinking, call.said)
+    work.chat = _after(work.chat, said, f"{result_message(result)}\n{MARK}")
+
+
+def _decision(work: Attempt, number: int, seed: int, agent: int, setting: Evolution, before: float) -> Decision:
+    """A problem's row. ``deviated`` (the tool was *not* used) is about complex problems; simple ones need no tool."""
+    valid = work.policy is not None
+    reward = -setting.cost(work.policy) if valid else None
+    choice = Choice(
+        option=work.policy,
+        probabilities=work.probabilities,
+        attempts=work.attempts,
+        prompt_tokens=work.tokens[0],
+        completion_tokens=work.tokens[1],
+        replies=tuple(work.replies),
+        decided=work.decided,
+        fault=None if valid else work.fault,
+    )
+    given = {"scenario": "tool_use", "seed": seed, "agent": agent, "round": number}
+    given |= {"reward": reward, "capital": before + (reward or 0.0)}
+    given |= {"tool_used": work.calls > 0 if valid else None, "correct": work.correct}
+    if work.item.kind == "simple":
+        given |= {"deviated": None, "p_deviate": None}
+    return Decision.of(work.item, choice, **given)

@@ -1,0 +1,1 @@
+"""What every other package stands on: files, folders, manifests, progress, kinds of values."""

@@ -1,0 +1,189 @@
+"""Reading and writing small files: whole or not at all, and errors that name the file and the line."""
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from atp_utils import shown
+
+Model = TypeVar("Model", bound=BaseModel)
+# Bytes of a model's or a profile's name: file names hold 255, and the names of notebooks have more in them.
+LONGEST = 200
+NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9]*)$",
+    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|nan|NaN)$",
+}
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its name only if the block succeeds.
+
+    A full disk or a kill in the middle therefore never leaves half a file under a final name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{shown(path)} was not written: {error.strerror}", str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[BaseModel]) -> None:
+    """Write one JSON object a line, keys in the order of the model's fields (byte-identical for equal rows)."""
+    write_text(path, "".join(row.model_dump_json() + "\n" for row in rows))
+
+
+def each_line(path: Path, content: bytes, read: Callable[[bytes], Any]) -> Iterator[tuple[str, Any]]:
+    """``(where, what `read` makes of it)`` for each line of ``content`` that isn't blank.
+
+    ``where`` names the file and the line, and so does the ValueError where ``read`` raises.
+    """
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        where = f"{shown(path)}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            value = read(line)
+        except ValidationError as error:
+            raise ValueError(f"{where}: {explain(error)}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        yield where, value
+
+
+def read_jsonl(path: Path, model: type[Model]) -> list[Model]:
+    """Rows of ``path`` as ``model``; raises ValueError naming the line that is malformed."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{shown(path)}: no such file; run notebooks/01_generate_data.ipynb first")
+    return [row for _, row in each_line(path, path.read_bytes(), model.model_validate_json)]
+
+
+def write_parquet(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table as parquet, whole or not at all."""
+    with replacing(path) as temporary:
+        frame.to_parquet(temporary, index=False)
+
+
+def as_folder(name: str) -> str:
+    """What a model is called in file names, which can't hold a slash; raises ValueError for what no file can be."""
+    folder = name.replace("/", "--")
+    # Snakemake reads braces as a wildcard, and a command line a dash as an option.
+    if not folder.isprintable() or folder != folder.strip() or not name.strip(".") or re.search(r"^-|[{}]", name):
+        raise ValueError(
+            f"{name!r} can't name a folder of results: no dash in front, no braces, no control characters, "
+            "no space around it, not only dots"
+        )
+    if len(folder.encode()) > LONGEST:
+        raise ValueError(f"{name!r} can't name a folder of results: longer than {LONGEST} bytes; take a shorter path")
+    return folder
+
+
+class Loader(yaml.SafeLoader):
+    """YAML without its surprises: a key stands once, 1e-5 is a number, and 1:30, 010 and 1_000 aren't others."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag not in NUMBERS]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} twice", key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+for tag, pattern in NUMBERS.items():
+    Loader.add_implicit_resolver(tag, re.compile(pattern), list("-+.0123456789"))
+
+
+def read_yaml(path: Path, kind: Any, quoted: bool = True) -> Any:
+    """Content of the YAML file ``path`` checked against ``kind``; raises ValueError naming line and key.
+
+    What stands there is ``quoted`` in it unless that is false.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{shown(path)}: no such file")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{shown(path)}: not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        raise ValueError(f"{shown(path)}: {explain(error, quoted, lambda keys: line_of(path, keys))}") from None
+
+
+def line_of(path: Path, keys: Sequence[str | int]) -> int:
+    """Line of a valid YAML file at which the entry under ``keys`` stands, or the innermost that is there; from 1."""
+    node = yaml.compose(path.read_text(encoding="utf-8"), Loader)
+    line = 1
+    for wanted in keys:
+        if isinstance(node, yaml.MappingNode):
+            entries = {key.value: (key.start_mark.line + 1, value) for key, value in node.value}
+        elif isinstance(node, yaml.SequenceNode):
+            entries = {str(place): (value.start_mark.line + 1, value) for place, value in enumerate(node.value)}
+        else:
+            break
+        if str(wanted) not in entries:
+            break
+        line, node = entries[str(wanted)]
+    return line
+
+
+def read_named(path: Path, model: type[Model], what: str) -> list[Model]:
+    """Entries of a YAML list, each with a ``name`` of its own; ``what`` they are is said in the ValueError."""
+    entries = read_yaml(path, list[model])
+    names = [entry.name for entry in entries]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{shown(path)}: expected {what} with distinct names, got {names}")
+    return entries
+
+
+def explain(error: ValidationError, quoted: bool = True, line: Callable[[Sequence], int] | None = None) -> str:
+    """One line for a pydantic error: where, what was wrong, and what stood there if it may be ``quoted``.
+
+    ``line`` gives the line of a file for the keys that lead to a value.
+    """
+    parts = []
+    for detail in error.errors(include_url=False):
+        where = ".".join(str(part) for part in detail["loc"])
+        where = f"{where}: " if where else ""
+        if line:
+            where = f"line {line(detail['loc'])}, {where}"
+        got = f" (got {str(detail['input'])[:80]!r})" if quoted else ""
+        parts.append(f"{where}{detail['msg']}{got}")
+    return "; ".join(parts)

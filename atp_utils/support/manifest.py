@@ -1,0 +1,39 @@
+"""What made a result: ``manifest.json``, written last, whose presence says that a folder is whole."""
+
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from atp_utils import ROOT
+from atp_utils.support import files
+
+MANIFEST = "manifest.json"
+PACKAGES = ("torch", "transformers", "trl", "peft", "openai", "pandas", "pydantic")
+
+
+def write_manifest(folder: Path, origin: dict[str, Any], **facts: Any) -> None:
+    """Write ``manifest.json``: ``facts``, and the ``origin`` of the results (`made_by`, when they were made)."""
+    files.write_json(folder / MANIFEST, facts | origin)
+
+
+def made_by() -> dict[str, Any]:
+    """What makes results now: installed packages, machine, commit and the time."""
+    return {
+        "packages": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "commit": _commit(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _commit() -> str | None:
+    """The commit that the code came from, ``-dirty`` where tracked files differ; None outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

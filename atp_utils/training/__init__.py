@@ -1,0 +1,1 @@
+"""LoRA adapters by DPO and GRPO."""

@@ -1,0 +1,66 @@
+"""The rows that an adapter is trained on: preference pairs for DPO, prompts for GRPO (Appendix A.1)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from atp_utils import models
+from atp_utils.engines import open_engine
+from atp_utils.evolution import loop
+from atp_utils.evolution.journal import Journal
+from atp_utils.evolution.protocol import Protocol
+from atp_utils.evolution.requests import Sampling
+from atp_utils.models.chat_template import render
+from atp_utils.runs import Run
+from atp_utils.scenarios import preferences
+from atp_utils.support import progress
+
+
+def training_items(run: Run, method: str) -> list:
+    """The training prompts of the run's scenario that ``method`` ("dpo" or "grpo") trains on."""
+    return run.scenario.training_items(run.scenario.read_items("train", run.parameters.data), method)
+
+
+def preference_rows(run: Run, items: Sequence) -> tuple[list[dict[str, str]], dict[str, int]]:
+    """DPO rows (prompt, chosen, rejected) of training ``items``, and counts of what was kept or left out, by reason.
+
+    As the run's ``pairs`` says: "answers" are the two bare JSON answers, "written" what the base model writes for the
+    scenario's sampler. Written replies are journalled beside the run's folder, so that they outlive a change of the
+    training.
+    """
+    given, scenario = run.parameters, run.scenario
+    tokenizer = models.load_tokenizer(given.model)
+    how = Protocol(given.protocol, given.max_attempts, Sampling(given.max_new_tokens, given.temperature))
+    if given.pairs == "answers":
+        pairs = [preferences.answer_pair(item, scenario.opening, how) for item in items]
+        counts = {"kept": len(pairs)}
+    else:
+        folder = run.beside("written")
+        engine = open_engine(given.model, scenario.name, "base", "", given.servers, folder, dtype=given.dtype)
+        with Journal(folder) as record, scenario.sampler(record) as sample, progress.bar(None, "pairs") as bar:
+            ways = (scenario.opening, how, given.seed, given.samples_per_problem)
+            found = loop.run_all([sample(item, *ways) for item in items], engine, record, bar)
+        pairs, counts = scenario.pairs(found, given.max_pairs)
+    rows = [
+        {"prompt": render(tokenizer, pair["messages"]), "chosen": pair["chosen"], "rejected": pair["rejected"]}
+        for pair in pairs
+    ]
+    return rows, dict(counts)
+
+
+def reward_rows(run: Run, items: Sequence) -> list[dict[str, Any]]:
+    """GRPO rows of training ``items``: the prompt, and the columns that the reward reads.
+
+    ``prefill`` is the beginning of the answer, given to the model as if it had written it. A model that seldom answers
+    in JSON by itself gets hardly any reward above 0 and learns nothing; with the prefill ``{"choice": "`` it is trained
+    on just what the `choose` protocol later asks of it.
+    """
+    given, scenario = run.parameters, run.scenario
+    tokenizer, how = models.load_tokenizer(given.model), Protocol(given.protocol)
+    thinking = given.protocol == "reason" and given.thinking
+    common = {"protocol": given.protocol, "prefill": given.prefill}
+    return [
+        {"prompt": render(tokenizer, scenario.opening(item, how), thinking) + given.prefill}
+        | scenario.reward_columns(item)
+        | common
+        for item in items
+    ]

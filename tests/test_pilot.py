@@ -1,0 +1,37 @@
+import pandas as pd
+import pytest
+import yaml
+
+from atp_utils import ROOT, parameters, pilot
+from atp_utils.scenarios.registry import SCENARIOS
+
+
+@pytest.fixture(scope="module")
+def table(tiny, tmp_path_factory):
+    """The pilot of all scenarios and arms of a tiny random model."""
+    profile = yaml.safe_load((ROOT / "tests/profiles/smoke.yaml").read_text()) | {"models": {tiny["qwen3"]: {}}}
+    path = tmp_path_factory.mktemp("pilot") / "mine.yaml"
+    path.write_text(yaml.safe_dump(profile))
+    return pilot.pilot(parameters.read_profile(str(path)), path.parent / "scratch")
+
+
+def test_every_kind_of_job_is_measured_and_its_units_counted(table):
+    assert sorted(zip(table["scenario"], table["job"], strict=True)) == sorted(
+        (name, job) for name in SCENARIOS for job in ("dpo", "grpo", "evolution")
+    )
+    units = table.set_index(["scenario", "job"])["units"]
+    # 4 items x 2 rounds; 7 games x 2 thresholds x 2 agents x 2 rounds; (1 + 2 problems) x 2 rounds; three arms each.
+    assert units.xs("evolution", level="job").to_dict() == {"role_play": 24, "collusion": 168, "tool_use": 18}
+    # The profile trains for one step.
+    assert set(units.drop("evolution", level="job")) == {1}
+    assert (table["seconds"] > 0).all() and (table["hours"] > 0).all() and (table["memory_gb"] > 0.05).all()
+
+
+def test_hours_are_units_times_seconds_and_what_is_done_once():
+    found = pilot._extrapolated("step", 100, 18.0, 1800)
+    assert found["hours"] == pytest.approx(1.0) and found["units"] == 100
+    assert pd.Series(found)["unit"] == "step"
+
+
+def test_a_profile_that_is_none_is_refused(capsys):
+    assert pilot.main(["huge"]) == 2 and "no profile 'huge'" in capsys.readouterr().err
