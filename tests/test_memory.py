@@ -73,8 +73,6 @@ def test_free_memory_is_the_machines_or_that_of_the_gpus_in_use(monkeypatch):
 
 
 def test_a_full_gpu_ends_with_what_to_do():
-    with pytest.raises(
-        MemoryError, match=r"memory is full \(CUDA out of memory. Tried.*\) in training: lower it"
-    ):
+    with pytest.raises(MemoryError, match=r"memory is full \(CUDA out of memory. Tried.*\) in training: lower it"):
         with weights_memory.advice("in training: lower it"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines")
