@@ -154,3 +154,10 @@ def test_round_columns_has_the_papers_layout():
     wide = stats.round_columns(stats.rate_table(frame(("a", 1, True), ("b", 1, True), ("a", 2, False), ("b", 2, None))))
     assert list(wide.columns) == ["n a round", "invalid %", "r=1", "r=2"]
     assert wide.iloc[0].tolist() == [1, 25.0, "100.0 [15.8, 100.0]", "0.0"]
+
+
+def test_choices_between_improbable_answers_are_named():
+    rows = [("base", 1, 0.2), ("base", 1, 0.3), ("base", 2, 0.9), ("base", 3, 0.4), ("dpo", 1, 0.6), ("dpo", 2, None)]
+    table = pd.DataFrame(rows, columns=["arm", "round", "mass"]).astype({"mass": "Float64"})
+    assert stats.low_mass(table) == "both answers together below 50%: base r=1, 3"
+    assert stats.low_mass(table[table["arm"] == "dpo"]) == stats.low_mass(table.drop(columns="mass")) == ""

@@ -14,6 +14,8 @@ from scipy.stats import binomtest, t
 
 ARMS = ("base", "dpo", "grpo")
 LEVEL = 0.95
+# A forced choice between answers that are less probable together says little of what a model would write.
+LEAST_MASS = 0.5
 
 
 def interval(
@@ -75,6 +77,19 @@ def rate_table(
         rate = values.mean() if len(valid) else float("nan")
         rows.append((*key, len(valid), float((~group["valid"]).mean()), float(rate), *ends))
     return pd.DataFrame(rows, columns=[*by, "n", "invalid", "rate", "low", "high"])
+
+
+def low_mass(decisions: pd.DataFrame) -> str:
+    """A warning where P(deviate) rests on answers with a mean probability below `LEAST_MASS`, by arm and round; or "".
+
+    Decisions that were made before it was recorded have none.
+    """
+    if "mass" not in decisions:
+        return ""
+    means = decisions.groupby(["arm", "round"], observed=True)["mass"].mean().astype(float)
+    low = means[means < LEAST_MASS].reset_index()
+    parts = [f"{arm} r={', '.join(map(str, rows['round']))}" for arm, rows in low.groupby("arm")]
+    return f"both answers together below {LEAST_MASS:.0%}: {'; '.join(parts)}" if parts else ""
 
 
 def drift_table(
