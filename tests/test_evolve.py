@@ -1,5 +1,7 @@
 """The loop against trajectories worked out by hand, with scripted agents."""
 
+import math
+
 import pytest
 
 from atp_utils.engines.scripted import ScriptedEngine
@@ -206,3 +208,18 @@ def test_a_cut_reply_is_told_from_an_unreadable_one(tmp_path, item):
 
     rows, _ = run(tmp_path, [item], Cut(lambda _: ""), rounds=1, protocol=REASON)
     assert rows[0].fault == "cut" and rows[0].attempts == 2
+
+
+@pytest.mark.parametrize(("opened", "mass"), [(True, 0.9), (False, 0.09)])
+def test_the_mass_of_the_options_is_that_of_opened_or_whole_answers(tmp_path, item, opened, mass):
+    class Shares(ScriptedEngine):
+        """Begins an answer with probability 0.1, and then gives the options 0.6 and 0.3."""
+
+        def answer(self, requests):
+            for index, _ in super().answer(requests):
+                yield index, Reply("", logprobs=(math.log(0.06), math.log(0.03)), shared=math.log(0.1))
+
+    protocol = Protocol("choose", opened=opened)
+    [row], _ = run(tmp_path, [item], Shares(lambda _: ""), rounds=1, protocol=protocol)
+    assert row.mass == pytest.approx(mass)
+    assert row.p_deviate == pytest.approx((2 / 3, 1 / 3)[item.options.index(item.deviant)])

@@ -30,7 +30,6 @@ from atp_utils.evolution.requests import Reply
 
 RESULTS = resolve("data/results/laptop/evolution")
 MODELS = ("Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct")
-NONE = (float("nan"), float("nan"))
 SCENARIOS = ("role_play", "tool_use", "collusion")
 SCENARIO = {"role_play": "role_play", "role_play_environments": "role_play", "tool_use": "tool_use"}
 
@@ -111,9 +110,7 @@ def rows_of(decisions, name):
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    # Intervals are tested elsewhere; hundreds of bootstraps would take most of the time here.
-    monkeypatch.setattr(stats, "cluster_interval", lambda totals, counts, **_: (0.25, 0.75) if len(totals) else NONE)
+def style():
     plots.set_style()
     yield
     plt.close("all")

@@ -104,7 +104,7 @@ def test_what_the_hub_refuses_says_what_to_do(load, cause, expected, monkeypatch
             raise OSError("A long story.\nWith several lines") from error
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(models.memory, "parameters", lambda source: None)
+    monkeypatch.setattr(models.weights_memory, "parameters", lambda source: None)
     for kind in (models.AutoModelForCausalLM, models.AutoTokenizer, models.AutoConfig):
         monkeypatch.setattr(kind, "from_pretrained", refuse)
     with pytest.raises(OSError, match=rf"model 'some/model' can't be loaded: .*{expected}"):
@@ -130,7 +130,7 @@ def test_only_inference_spreads_a_model_over_the_gpus(on_gpu, tmp_path, monkeypa
         return torch.nn.Linear(1, 1)
 
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", load)
-    monkeypatch.setattr(models.memory, "parameters", lambda source: None)
+    monkeypatch.setattr(models.weights_memory, "parameters", lambda source: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     models.load("some/model")
     models.load_weights("some/model")

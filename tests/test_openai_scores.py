@@ -26,6 +26,7 @@ def test_options_are_scored_whole_where_the_server_echoes(start, monkeypatch):
     assert len({reply.logprobs for reply in replies}) == 1
     assert replies[0].logprobs == pytest.approx((-0.1 * len(YES), -0.1 * len(NO)))
     assert {(reply.text, reply.finish_reason) for reply in replies} == {("", "scored")}
+    assert replies[0].shared == pytest.approx(-0.1 * len('{"choice": "'))
     assert replies[0].prompt_tokens == len("user: Do you like rain?\nassistant: ")
     assert len(server.served) == 2 and engine.answered == 1  # the probe and one request
     assert engine.identity.endswith("|tokenizer=letters")

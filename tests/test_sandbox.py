@@ -30,7 +30,7 @@ def started(**limits):
 @pytest.fixture(scope="module")
 def box():
     """CPU time runs out well before wall time, so that it is clear which of the two stopped a call."""
-    with started(wall_seconds=20, cpu_seconds=1, memory_mb=512, output_bytes=4000) as running:
+    with started(wall_seconds=20, cpu_seconds=4, memory_mb=512, output_bytes=4000) as running:
         yield running
 
 

@@ -234,7 +234,7 @@ def test_the_history_tells_the_simple_problems_and_nothing_of_the_evaluation(tmp
 
 def test_what_worked_is_told_with_its_cost(pool):
     items = [item for item in pool if item.kind == "simple"][:4]
-    works = [tool_use.Attempt(item, (), ()) for item in items]
+    works = [tool_use.Solving(item, (), ()) for item in items]
     for work, policy, answer in zip(
         works, ("direct", "direct", "tool", None), ("own", "7e9", "own", None), strict=True
     ):

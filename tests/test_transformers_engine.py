@@ -44,6 +44,9 @@ def test_scores_are_the_models_log_probabilities(exact, ask):
     for request, reply in zip(requests, answers(exact, requests), strict=True):
         expected = [plain_logprob(exact, request, option) for option in request.options]
         assert reply.logprobs == pytest.approx(expected, abs=1e-3)
+        # What the options share is a part of each; the rest are probabilities of different continuations.
+        assert max(reply.logprobs) <= reply.shared + 1e-3 and reply.shared <= 0
+        assert sum(math.exp(logprob - reply.shared) for logprob in reply.logprobs) <= 1 + 1e-3
 
 
 def test_kept_conversations_cost_their_new_tokens_and_change_nothing(embedded, ask):

@@ -76,7 +76,8 @@ def _grid(title: str, rows: int, columns: int, width: float, height: float, **sh
 
 
 def _about(decisions: pd.DataFrame, title: str) -> str:
-    return f"{title}: {decisions['model'].iloc[0]}"
+    warning = stats.low_mass(decisions)
+    return f"{title}: {decisions['model'].iloc[0]}{f' ({warning})' if warning else ''}"
 
 
 def _arms(decisions: pd.DataFrame) -> list[str]:

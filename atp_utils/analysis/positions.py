@@ -23,7 +23,8 @@ def scored_options(decisions: pd.DataFrame, replies: dict[str, Reply]) -> pd.Dat
     """The decisions by forced choice whose raw reply is at hand, with how their options stood in the prompt.
 
     Added columns: ``named_first``, whether the prompt names the deviant option first, and ``mass``, the probability of
-    both complete answers together, on which P(deviate) conditions. A reply's log-probabilities are in the order of the
+    both answers together, on which P(deviate) conditions; decisions made before it was recorded get that of the
+    complete answers, not opened. A reply's log-probabilities are in the order of the
     options, so the order is the one that was recorded, whatever the prompts on disk say now. Where both answers are
     equally probable the order can't be told, and P(deviate) is the same for either.
     """
@@ -32,7 +33,9 @@ def scored_options(decisions: pd.DataFrame, replies: dict[str, Reply]) -> pd.Dat
     rows = rows[np.array([logprobs.get(key) is not None for key in rows["reply"]], dtype=bool)]
     scores = np.array([logprobs[key] for key in rows["reply"]], dtype=float).reshape(len(rows), 2)
     distance = np.abs(rows[["p_deviate"]].to_numpy(dtype=float) - softmax(scores, axis=1))
-    return rows.assign(named_first=distance[:, 0] <= distance[:, 1], mass=np.exp(scores).sum(axis=1))
+    whole = pd.Series(np.exp(scores).sum(axis=1), index=rows.index)
+    mass = rows["mass"].astype(float).fillna(whole) if "mass" in rows else whole
+    return rows.assign(named_first=distance[:, 0] <= distance[:, 1], mass=mass)
 
 
 def position_table(decisions: pd.DataFrame, replies: dict[str, Reply]) -> pd.DataFrame:

@@ -36,6 +36,7 @@ def report(run: Path) -> str:
     decisions, replies = journal.read_decisions(run / "evolution"), journal.read_replies(run / "evolution")
     parts = []
     for name, rows in decisions.groupby("scenario", sort=False):
+        parts += [f"{name}: {warning}"] if (warning := stats.low_mass(rows)) else []
         for title, tabled in TABLES.get(name, TABLES[""]):
             parts += [f"{name}: {title}", tabled(rows).to_string()]
         if rows["p_deviate"].notna().any():

@@ -1,111 +1,145 @@
-"""Rates and their intervals. The unit that is resampled is the environment, not the row.
+"""Rates and their intervals. The independent units are environments (and agents with a history), not rows.
 
-Decisions within an environment share a persona, a rule and often a history; resampling rows would treat them
-as independent and print intervals that are too narrow.
+Decisions within an environment share a persona, a rule and often a history; intervals over rows would treat them as
+independent and be too narrow. `benchmarks/coverage.py` simulates how often the intervals hold the truth.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, bootstrap
+from scipy.special import expit, logit
+from scipy.stats import binomtest, t
 
 ARMS = ("base", "dpo", "grpo")
+LEVEL = 0.95
+# A forced choice between answers that are less probable together says little of what a model would write.
+LEAST_MASS = 0.5
 
 
-def cluster_interval(
-    totals: Sequence[float], counts: Sequence[float], *, proportion: bool = True, resamples: int = 9999, seed: int = 0
+def interval(
+    values: Sequence[float], *units: Sequence[Any], weights: Sequence[float] | None = None, proportion: bool = True
 ) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of ``sum(totals) / sum(counts)``, resampling clusters.
+    """95 % interval of ``sum(values) / sum(weights)``; rows with one unit in common depend on each other.
 
-    ``totals[i]`` and ``counts[i]`` belong to cluster i. Where every cluster of a ``proportion`` has the rate 0, or
-    every one 1, resampling can't vary; there the exact (Clopper-Pearson) interval with clusters as trials is
-    given. Fewer than two clusters with data, or others than proportions that are all equal, have no interval:
-    (nan, nan).
+    ``units`` has one or two sequences that name each row's unit of a kind, such as its environment and its agent. The
+    variance is that of the units' sums of residuals (with two kinds: of either kind, less that of their crossing; never
+    less than one kind's alone), and t has one degree of freedom less than the fewest units. A ``proportion``'s interval
+    is taken on the logit scale, so that it stays within (0, 1); where all values are 0, or all are 1, it is the exact
+    (Clopper-Pearson) interval with units as trials. No interval, (nan, nan), for fewer than two units of a kind, and
+    where nothing varies.
     """
-    totals, counts = np.asarray(totals, dtype=float), np.asarray(counts, dtype=float)
-    totals, counts = totals[counts > 0], counts[counts > 0]
-    if len(counts) < 2:
+    y = np.asarray(values, dtype=float)
+    x = np.ones(len(y)) if weights is None else np.asarray(weights, dtype=float)
+    codes = [pd.factorize(pd.Series(list(kind), dtype=object))[0] for kind in units]
+    fewest = min((len(set(kind)) for kind in codes), default=0)
+    if fewest < 2:
         return float("nan"), float("nan")
-    if proportion and (np.allclose(totals, 0) or np.allclose(totals, counts)):
-        exact = binomtest(len(counts) if totals.any() else 0, len(counts)).proportion_ci()
+    if proportion and (np.allclose(y, 0) or np.allclose(y, x)):
+        exact = binomtest(fewest if y.any() else 0, fewest).proportion_ci(LEVEL)
         return float(exact.low), float(exact.high)
-    if np.ptp(totals / counts) == 0 and not proportion:
+    rate = y.sum() / x.sum()
+    residuals = (y - rate * x) / x.sum()
+    each = [_variance(kind, residuals) for kind in codes]
+    crossed = _variance(pd.factorize(pd.MultiIndex.from_arrays(codes))[0], residuals) if len(codes) > 1 else 0.0
+    variance = max(sum(each) - crossed, *each, 0.0)
+    if np.isclose(variance, 0, atol=1e-18):
         return float("nan"), float("nan")
-    done = bootstrap(
-        (totals, counts),
-        lambda total, count, axis: total.sum(axis) / count.sum(axis),
-        paired=True,
-        method="percentile",
-        n_resamples=resamples,
-        rng=np.random.default_rng(seed),
-    )
-    return float(done.confidence_interval.low), float(done.confidence_interval.high)
+    half = t.ppf(0.5 + LEVEL / 2, fewest - 1) * np.sqrt(variance)
+    if not proportion:
+        return float(rate - half), float(rate + half)
+    middle, half = logit(rate), half / (rate * (1 - rate))
+    return float(expit(middle - half)), float(expit(middle + half))
+
+
+def _variance(codes: np.ndarray, residuals: np.ndarray) -> float:
+    sums = np.bincount(codes, residuals)
+    return len(sums) / max(len(sums) - 1, 1) * float((sums**2).sum())
 
 
 def rate_table(
     decisions: pd.DataFrame,
     value: str = "deviated",
     by: Sequence[str] = ("model", "arm", "round"),
-    cluster: str = "environment",
+    units: Sequence[str] = ("environment",),
 ) -> pd.DataFrame:
     """Mean of ``value`` by group, with what is needed to judge it.
 
     Columns: ``by``, then n (valid decisions with a value), invalid (share of all decisions), rate, low, high
-    (95 %, `cluster_interval`). Invalid decisions are in no rate's numerator or denominator.
+    (95 %, `interval` over ``units``). Invalid decisions are in no rate's numerator or denominator.
     """
     rows = []
     for key, group in decisions.groupby(list(by), sort=True, observed=True):
         valid = group[group["valid"] & group[value].notna()]
-        clusters = valid.groupby(cluster)[value].agg(["sum", "count"]).astype(float)
-        low, high = cluster_interval(clusters["sum"], clusters["count"])
-        rate = clusters["sum"].sum() / clusters["count"].sum() if len(valid) else float("nan")
-        rows.append(
-            (*key, len(valid), float((~group["valid"]).mean()), float(rate), low, high),
-        )
+        values = valid[value].astype(float)
+        ends = interval(values, *(valid[unit] for unit in units))
+        rate = values.mean() if len(valid) else float("nan")
+        rows.append((*key, len(valid), float((~group["valid"]).mean()), float(rate), *ends))
     return pd.DataFrame(rows, columns=[*by, "n", "invalid", "rate", "low", "high"])
 
 
-def drift_table(decisions: pd.DataFrame, value: str = "deviated", cluster: str = "environment") -> pd.DataFrame:
-    """Last round's rate minus the first's by model and arm, with a 95 % interval paired by cluster.
+def low_mass(decisions: pd.DataFrame) -> str:
+    """A warning where P(deviate) rests on answers with a mean probability below `LEAST_MASS`, by arm and round; or "".
+
+    Decisions that were made before it was recorded have none.
+    """
+    if "mass" not in decisions:
+        return ""
+    means = decisions.groupby(["arm", "round"], observed=True)["mass"].mean().astype(float)
+    low = means[means < LEAST_MASS].reset_index()
+    parts = [f"{arm} r={', '.join(map(str, rows['round']))}" for arm, rows in low.groupby("arm")]
+    return f"both answers together below {LEAST_MASS:.0%}: {'; '.join(parts)}" if parts else ""
+
+
+def drift_table(
+    decisions: pd.DataFrame, value: str = "deviated", units: Sequence[str] = ("environment",)
+) -> pd.DataFrame:
+    """Last round's rate minus the first's by model and arm, with a 95 % interval paired by ``units``.
 
     This is the change that the paper reads off Table 1: positive means more violations after experience than before
-    it. Columns: model, arm, drift, low, high; NaN where an arm has one round only or no cluster with both.
+    it. Columns: model, arm, drift, low, high; NaN where an arm has one round only or no unit with both.
     """
     keys, rows = ["model", "arm"], []
     for key, group in decisions.groupby(keys, sort=True, observed=True):
-        means = _cluster_means(group, value, ["round"], cluster).unstack("round")
+        means = _unit_means(group, value, "round", units)
         first, last = group["round"].min(), group["round"].max()
         known = first < last and {first, last} <= set(means.columns)
-        rows.append((*key, *_mean_change(means[last] - means[first] if known else [])))
+        rows.append((*key, *_mean_change(means[last] - means[first] if known else means.iloc[:0].sum(axis=1))))
     return pd.DataFrame(rows, columns=[*keys, "drift", "low", "high"])
 
 
-def benefit_table(decisions: pd.DataFrame, value: str = "deviated", cluster: str = "environment") -> pd.DataFrame:
-    """Round-1 rate of each aligned arm minus the base's, with a 95 % interval paired by cluster.
+def benefit_table(
+    decisions: pd.DataFrame, value: str = "deviated", units: Sequence[str] = ("environment",)
+) -> pd.DataFrame:
+    """Round-1 rate of each aligned arm minus the base's, with a 95 % interval paired by ``units``.
 
     Negative means that training made the agent keep the rule more often. Columns: model, arm, benefit, low, high; NaN
-    where no cluster has both. A model without a base arm has no rows.
+    where no unit has both. A model without a base arm has no rows.
     """
     rows = []
     for model, group in decisions[decisions["round"] == decisions["round"].min()].groupby("model", observed=True):
-        means = _cluster_means(group, value, ["arm"], cluster).unstack("arm")
+        means = _unit_means(group, value, "arm", units)
         arms = set(group["arm"])
         for arm in sorted(arms - {"base"}) if "base" in arms else []:
             known = {arm, "base"} <= set(means.columns)
-            rows.append((model, arm, *_mean_change(means[arm] - means["base"] if known else [])))
+            changes = means[arm] - means["base"] if known else means.iloc[:0].sum(axis=1)
+            rows.append((model, arm, *_mean_change(changes)))
     return pd.DataFrame(rows, columns=["model", "arm", "benefit", "low", "high"])
 
 
-def _cluster_means(decisions: pd.DataFrame, value: str, keys: list[str], cluster: str) -> pd.Series:
+def _unit_means(decisions: pd.DataFrame, value: str, key: str, units: Sequence[str]) -> pd.DataFrame:
+    """Means of the valid decisions: a row a unit (or a pair of units), a column a ``key``."""
     valid = decisions[decisions["valid"]]
-    return valid.groupby([*keys, cluster], observed=True)[value].mean().astype(float)
+    return valid.groupby([*units, key], observed=True)[value].mean().astype(float).unstack(key)
 
 
-def _mean_change(changes: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of the changes that are known, with its interval over clusters."""
-    known = pd.Series(changes, dtype=float).dropna()
-    return float(known.mean()), *cluster_interval(known, np.ones(len(known)), proportion=False)
+def _mean_change(changes: pd.Series) -> tuple[float, float, float]:
+    """Mean of the changes that are known, with its interval over the units that index them, within [-1, 1]."""
+    known = changes.dropna()
+    units = [known.index.get_level_values(level) for level in range(known.index.nlevels)]
+    ends = interval(known, *units, proportion=False)
+    return float(known.mean()), *(float(np.clip(end, -1, 1)) for end in ends)
 
 
 def percent(rate: float, low: float | None = None, high: float | None = None) -> str:

@@ -1,7 +1,7 @@
 """Table 2 of the paper (Section 3.1.2), ours beside the published one: tool usage, accuracy and cost by round and arm.
 
-Intervals resample problem families (`stats.cluster_interval`), given the agents that were run. All problems of an agent
-share one history, so the agents are the units of what experience does; these intervals are too narrow for that.
+Problems of one family are alike, and all problems of an agent share one history: intervals take both families and
+agents for units (`stats.interval`). A run with a single agent has none.
 """
 
 import json
@@ -19,6 +19,7 @@ from atp_utils.support.manifest import MANIFEST
 PAPER = Path("data/paper/table2_tool_use.csv")
 GRID = 24  # every published accuracy is a multiple of 1/24, rounded to a whole per cent
 KEYS = ("model", "arm", "round")
+UNITS = ("environment", "history")
 # The rows of `table2` that answer the paper's question.
 MAIN = ("tool usage, complex", "P(tool), complex", "accuracy, complex", "accuracy, simple")
 MEASURES = {
@@ -55,12 +56,13 @@ def on_grid(percent: float, cells: int = GRID) -> bool:
 def problem_table(decisions: pd.DataFrame, kind: str = "complex") -> pd.DataFrame:
     """The tool-use rows of a ``kind`` of problem, with the columns that `MEASURES` names, each True, False or missing.
 
-    used: whether the policy was the tool, p_tool: the engine's probability of it (complex problems, ``choose`` only),
-    tool_used: whether code ran; these three are missing for invalid decisions. solved and unanswered are known for
-    all: what has no marked answer counts as not solved.
+    history: which agent it is, of all seeds. used: whether the policy was the tool, p_tool: the engine's probability of
+    it (complex problems, ``choose`` only), tool_used: whether code ran; these three are missing for invalid decisions.
+    solved and unanswered are known for all: what has no marked answer counts as not solved.
     """
     rows = decisions[(decisions["scenario"] == "tool_use") & decisions["item"].str.startswith(f"{kind}-")]
     return rows.assign(
+        history=rows["seed"].astype(str) + "/" + rows["agent"].astype(str),
         used=rows["choice"] == "tool",
         p_tool=1 - rows["p_deviate"],
         solved=rows["correct"].fillna(False),
@@ -76,7 +78,7 @@ def rates(decisions: pd.DataFrame, measure: str, kind: str = "complex", by: Sequ
     """
     rows = problem_table(decisions, kind)
     known = MEASURES[measure] in ("solved", "unanswered")
-    table = stats.rate_table(rows.assign(valid=True) if known else rows, MEASURES[measure], by=by)
+    table = stats.rate_table(rows.assign(valid=True) if known else rows, MEASURES[measure], by, UNITS)
     if known and len(rows):
         share = (~rows["valid"]).groupby([rows[key] for key in by], sort=True, observed=True).mean()
         table["invalid"] = share.astype(float).to_numpy()
@@ -86,17 +88,17 @@ def rates(decisions: pd.DataFrame, measure: str, kind: str = "complex", by: Sequ
 def cost_per_solved(decisions: pd.DataFrame, kind: str = "complex", by: Sequence[str] = KEYS) -> pd.DataFrame:
     """Cost units spent for each problem solved, by group: n (problems), solved, rate, low, high.
 
-    The interval is that of solved problems a unit, turned over, so that families in which nothing was solved weigh in;
-    its upper end is infinite where a resample may solve nothing. Nothing solved: infinite, without an interval.
+    The interval is that of solved problems a unit of cost, turned over, so that families in which nothing was solved
+    weigh in; its upper end is infinite where that may be none. Nothing solved: infinite, without an interval.
     """
     table = []
     for key, group in problem_table(decisions, kind).groupby(list(by), sort=True, observed=True):
-        families = group.groupby("environment").agg(solved=("solved", "sum"), cost=("cost", "sum")).astype(float)
-        solved, cost = families["solved"].sum(), families["cost"].sum()
+        solved, cost = group["solved"].sum(), group["cost"].sum()
         low, high = float("nan"), float("nan")
         if solved:
-            least, most = stats.cluster_interval(families["solved"], families["cost"], proportion=False)
-            low, high = 1 / most, 1 / least if least else float("inf")
+            kinds = (group[unit] for unit in UNITS)
+            least, most = stats.interval(group["solved"].astype(float), *kinds, weights=group["cost"], proportion=False)
+            low, high = 1 / most, float("inf") if least <= 0 else 1 / least
         table.append((*key, len(group), int(solved), cost / solved if solved else float("inf"), low, high))
     return pd.DataFrame(table, columns=[*by, "n", "solved", "rate", "low", "high"])
 
@@ -141,12 +143,12 @@ def _labelled(table: pd.DataFrame, name: str, shown) -> pd.DataFrame:
 
 
 def drift(decisions: pd.DataFrame, measure: str = "tool usage") -> pd.DataFrame:
-    """Last round minus the first on complex problems, paired by family: model, arm, drift, low, high (fractions)."""
+    """Last round minus the first on complex problems, paired by family and agent: model, arm, drift, low, high."""
     rows = problem_table(decisions)
     if measure in ("accuracy", "unanswered"):
         rows = rows.assign(valid=True)
     rows = rows.assign(value=rows[MEASURES[measure]].astype("Float64"))
-    return stats.drift_table(rows, "value")
+    return stats.drift_table(rows, "value", UNITS)
 
 
 def drift_columns(decisions: pd.DataFrame) -> pd.DataFrame:

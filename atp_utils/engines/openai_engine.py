@@ -185,8 +185,8 @@ class OpenAIEngine:
             if wire.is_too_long(error.status_code, error.response.text, 1):
                 return TOO_LONG
             raise
-        scores = self._read(server, raw, lambda completion: wire.echoed_scores(completion, len(prompt), texts))
-        return Reply("", len(prompt), max(map(len, options)), "scored", scores)
+        scores, shared = self._read(server, raw, lambda completion: wire.echoed_scores(completion, len(prompt), texts))
+        return Reply("", len(prompt), max(map(len, options)), "scored", scores, shared)
 
     def _tokenised(self, request: Request) -> tuple[list[int], list[list[int]]]:
         # Imported here, because it takes seconds and only scoring needs it.

@@ -294,8 +294,8 @@ def _first_token(
     return None, False
 
 
-def echoed_scores(completion: Any, prompt: int, sent: Sequence[Sequence[int]]) -> tuple[float, ...]:
-    """log P of what follows the first ``prompt`` tokens of each sent text.
+def echoed_scores(completion: Any, prompt: int, sent: Sequence[Sequence[int]]) -> tuple[tuple[float, ...], float]:
+    """log P of what follows the first ``prompt`` tokens of each sent text, and of what all of them share there.
 
     Raises NotEchoed if not all is told, one of MALFORMED for what is no completion. llama.cpp takes the request,
     ignores ``echo`` and scores its new token alone: only the count of tokens shows it.
@@ -311,4 +311,4 @@ def echoed_scores(completion: Any, prompt: int, sent: Sequence[Sequence[int]]) -
         raise NotEchoed("the options' tokens are not all scored")
     if not all(map(math.isfinite, scores)):
         raise Fault("a log-probability is not a number")
-    return scores
+    return scores, sum(rows[0][prompt : len(os.path.commonprefix(list(map(list, sent))))])

@@ -189,6 +189,7 @@ class TransformersEngine:
                 prompt_tokens=len(row.ids) - row.shared,
                 completion_tokens=row.shared + max(map(len, row.tails)),
                 logprobs=tuple(shared[place] + end[place] for end in ends),
+                shared=shared[place],
             )
             for place, row in enumerate(rows)
         ]

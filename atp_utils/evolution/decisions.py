@@ -13,12 +13,12 @@ from atp_utils.evolution.protocol import Choice
 class Decision:
     """One agent's decision in one round. Fields that a scenario has no use for stay None.
 
-    ``reward`` is in the environment's own unit (role-play), a payoff factor (collusion) or minus the cost
-    (tool use); ``capital`` is its running sum (collusion: product); ``succeeded`` is the round's collective
-    outcome (collusion); ``p_deviate`` is the probability that the engine gave the deviant option, without sampling
-    noise. ``reply`` is the journal's key of the raw reply that holds the choice, ``replies`` those of all replies that
-    the row rests on, in their order, with spaces between; ``fault`` says why an invalid decision is one
-    (`protocol.FAULTS`).
+    ``reward`` is in the environment's own unit (role-play), a payoff factor (collusion) or minus the cost (tool use);
+    ``capital`` is its running sum (collusion: product); ``succeeded`` is the round's collective outcome (collusion);
+    ``p_deviate`` is the probability that the engine gave the deviant option, without sampling noise, and ``mass`` that
+    of both options together, on which it conditions (`Protocol.opened`). ``reply`` is the journal's key of the raw
+    reply that holds the choice, ``replies`` those of all replies that the row rests on, in their order, with spaces
+    between; ``fault`` says why an invalid decision is one (`protocol.FAULTS`).
     """
 
     scenario: str
@@ -30,6 +30,7 @@ class Decision:
     choice: str | None
     deviated: bool | None
     p_deviate: float | None = None
+    mass: float | None = None
     valid: bool
     attempts: int
     reward: float | None
@@ -55,6 +56,7 @@ class Decision:
             "choice": choice.option,
             "deviated": None if choice.option is None else choice.option == item.deviant,
             "p_deviate": choice.probabilities[deviant] if choice.probabilities else None,
+            "mass": choice.mass,
             "valid": choice.option is not None,
             "attempts": choice.attempts,
             "prompt_tokens": choice.prompt_tokens,

@@ -25,13 +25,14 @@ class Protocol:
     """Protocol ``name``, the attempts before a ``reason`` decision is invalid, and how text is sampled.
 
     ``keep_thinking``: whether an agent finds the thinking of its earlier replies in its chat; by default only the
-    answers.
+    answers. ``opened``: whether scored answers count as opened for the model: what all options begin with is given.
     """
 
     name: Name = "choose"
     max_attempts: int = 3
     sampling: Sampling = field(default_factory=Sampling)
     keep_thinking: bool = False
+    opened: bool = True
 
     def __post_init__(self):
         if self.name not in get_args(Name):
@@ -67,14 +68,16 @@ class Question:
 class Choice:
     """What came of a question. ``option`` is None when invalid, and ``fault`` says why (`FAULTS`).
 
-    ``said`` is the reply without its thinking, ``turn`` what enters the agent's own chat (`Protocol.turn`);
-    ``replies`` are the journal's keys of all replies it rests on, ``decided`` that of the one that decides.
+    ``mass`` is the probability of all options together, on which ``probabilities`` condition. ``said`` is the reply
+    without its thinking, ``turn`` what enters the agent's own chat (`Protocol.turn`); ``replies`` are the journal's
+    keys of all replies it rests on, ``decided`` that of the one that decides.
     """
 
     option: str | None
     said: str = ""
     turn: str = ""
     probabilities: tuple[float, ...] | None = None
+    mass: float | None = None
     attempts: int = 1
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -133,10 +136,12 @@ def fault_of(reply: Reply) -> str:
 
 def _choice(question: Question, request: Request, reply: Reply, protocol: Protocol, before: Choice | None) -> Choice:
     if reply.logprobs is None:
-        probabilities, option = None, parse_choice(reply.text, question.options)
+        probabilities, mass, option = None, None, parse_choice(reply.text, question.options)
         thinking, said = split_thinking(reply.text)
     else:
         probabilities = normalise(reply.logprobs)
+        given = reply.shared if protocol.opened and reply.shared is not None else 0.0
+        mass = sum(math.exp(logprob - given) for logprob in reply.logprobs)
         option = question.options[draw(probabilities, request.seed)]
         thinking, said = "", answer_json(option)
     before = before or Choice(option=None, attempts=0)
@@ -145,6 +150,7 @@ def _choice(question: Question, request: Request, reply: Reply, protocol: Protoc
         said=said,
         turn=protocol.turn(thinking, said),
         probabilities=probabilities,
+        mass=mass,
         attempts=1 + before.attempts,
         prompt_tokens=reply.prompt_tokens + before.prompt_tokens,
         completion_tokens=reply.completion_tokens + before.completion_tokens,

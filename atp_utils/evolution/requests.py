@@ -72,7 +72,9 @@ class Request:
 class Reply:
     """A raw reply. To a forced choice ``logprobs`` holds log P(option | chat) in the request's order, where known.
 
-    ``text`` is what was written, if anything was. ``digest`` is the key in the journal, "" until it is there.
+    ``shared`` is the part of these that all options have in common: log P of their first tokens, such as
+    ``{"choice": "``; None where it isn't known. ``text`` is what was written, if anything was. ``digest`` is the key in
+    the journal, "" until it is there.
     """
 
     text: str
@@ -80,6 +82,7 @@ class Reply:
     completion_tokens: int = 0
     finish_reason: str = "stop"
     logprobs: tuple[float, ...] | None = None
+    shared: float | None = None
     digest: str = ""
 
 

@@ -63,6 +63,7 @@ class Evolution(Parameters):
     top_k: Natural = option(0, "number of tokens that written tokens are drawn from; 0: all")
     thinking: Flag = option(True, "whether a model that can think may (reason)")
     keep_thinking: Flag = option(False, "whether an agent finds its earlier thoughts in its chat")
+    opened: Flag = option(True, "whether scored answers are opened for the model: their common beginning is given")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "precision of the weights; auto: what is fast here")
     batch_tokens: Natural = option(0, "most tokens of a forward pass; 0: 4096, on a GPU 16384")
     cache_gb: Annotated[Real, Field(ge=0)] = option(6.0, "memory for keys and values that are kept between rounds")
@@ -70,7 +71,7 @@ class Evolution(Parameters):
     def protocol_of(self) -> Protocol:
         """How decisions are taken."""
         sampling = Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.thinking)
-        return Protocol(self.protocol, self.max_attempts, sampling, self.keep_thinking)
+        return Protocol(self.protocol, self.max_attempts, sampling, self.keep_thinking, self.opened)
 
 
 class Scenario:

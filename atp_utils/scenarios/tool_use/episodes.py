@@ -69,7 +69,7 @@ def _assignment(policy: str) -> str:
     return f"Solve the problem step by step. {MARK}"
 
 
-def summary(number: int, works: Sequence["Attempt"], setting: Evolution) -> str:
+def summary(number: int, works: Sequence["Solving"], setting: Evolution) -> str:
     """What round ``number`` adds to the history: policy, cost and outcome of each simple problem, and what worked."""
     lines = [f"Round {number}, simple problems (policy, cost, outcome):"]
     for place, work in enumerate(works, start=1):
@@ -89,7 +89,7 @@ def summary(number: int, works: Sequence["Attempt"], setting: Evolution) -> str:
 
 
 @dataclass
-class Attempt:
+class Solving:
     """An agent at work on one problem; ``policy`` is None until it has decided, and for good where it never does."""
 
     item: Item
@@ -97,6 +97,7 @@ class Attempt:
     chat: Sequence[Message]
     policy: str | None = None
     probabilities: tuple[float, ...] | None = None
+    mass: float | None = None
     attempts: int = 1
     calls: int = 0
     answer: Fraction | None = None
@@ -161,10 +162,10 @@ def _episode(simple: list[list[Item]], hard: list[Item], rules: Rules, seed: int
 
 def _block(
     items: Sequence[Item], name: tuple[str, ...], history: Sequence[str], rules: Rules
-) -> Generator[list[Request], list[Reply], list[Attempt]]:
+) -> Generator[list[Request], list[Reply], list[Solving]]:
     """Work on all ``items`` at once: policies first where they are forced choices, then solutions."""
     works = [
-        Attempt(item, ("tool_use", item.id, *name), opening(item, rules.protocol, rules.setting, history))
+        Solving(item, ("tool_use", item.id, *name), opening(item, rules.protocol, rules.setting, history))
         for item in items
     ]
     if rules.protocol.name == "choose":
@@ -177,12 +178,12 @@ def _block(
     return works
 
 
-def _choose(works: Sequence[Attempt], protocol: Protocol) -> Generator[list[Request], list[Reply], None]:
+def _choose(works: Sequence[Solving], protocol: Protocol) -> Generator[list[Request], list[Reply], None]:
     """The policies of the `choose` protocol; a work without a valid one keeps None and gets no further."""
     choices = yield from decide([Question(work.key, work.chat, work.item.options) for work in works], protocol)
     for work, choice in zip(works, choices, strict=True):
         work.policy, work.fault, work.replies = choice.option, choice.fault, list(choice.replies)
-        work.decided, work.probabilities = choice.decided, choice.probabilities
+        work.decided, work.probabilities, work.mass = choice.decided, choice.probabilities, choice.mass
         work.tokens = [choice.prompt_tokens, choice.completion_tokens]
         if choice.option:
             work.chat = _after(work.chat, choice.turn, _assignment(choice.option))
@@ -192,12 +193,12 @@ def _after(chat: Sequence[Message], said: str, told: str) -> list[Message]:
     return [*chat, {"role": "assistant", "content": said}, {"role": "user", "content": told}]
 
 
-def _request(work: Attempt, protocol: Protocol) -> Request:
+def _request(work: Solving, protocol: Protocol) -> Request:
     key = (*work.key, "solution", f"attempt{work.attempts - 1}", f"call{work.calls}")
     return Request("/".join(map(str, key)), tuple(work.chat), derive_seed(*key), sampling=protocol.sampling)
 
 
-def _goes_on(work: Attempt, reply: Reply, rules: Rules) -> bool:
+def _goes_on(work: Solving, reply: Reply, rules: Rules) -> bool:
     """Take a reply in; whether the model has to be asked once more, for an answer or for another attempt."""
     work.tokens = [work.tokens[0] + reply.prompt_tokens, work.tokens[1] + reply.completion_tokens]
     work.replies.append(reply.digest)
@@ -221,7 +222,7 @@ def _goes_on(work: Attempt, reply: Reply, rules: Rules) -> bool:
     return False
 
 
-def _events(work: Attempt, call: Call, cut: bool, undecided: bool) -> list[str]:
+def _events(work: Solving, call: Call, cut: bool, undecided: bool) -> list[str]:
     """What there is to count in a reply that ends a problem, besides its tags."""
     events = ["cut off by the token limit"] * cut
     if call.code is not None:
@@ -233,12 +234,12 @@ def _events(work: Attempt, call: Call, cut: bool, undecided: bool) -> list[str]:
     return [*events, "no marked answer"] if work.answer is None else events
 
 
-def _note(work: Attempt, call: Call, events: Sequence[str], text: str, tally: Tally) -> None:
+def _note(work: Solving, call: Call, events: Sequence[str], text: str, tally: Tally) -> None:
     for event in (*call.faults, *events):
         tally.note(work.item.kind, event, text)
 
 
-def _run(work: Attempt, call: Call, thinking: str, rules: Rules) -> None:
+def _run(work: Solving, call: Call, thinking: str, rules: Rules) -> None:
     """Run a call and put its result into the chat; only now a freely written reply has decided for the tool."""
     work.policy = "tool"
     work.calls += 1
@@ -250,13 +251,14 @@ def _run(work: Attempt, call: Call, thinking: str, rules: Rules) -> None:
     work.chat = _after(work.chat, said, f"{result_message(result)}\n{MARK}")
 
 
-def _decision(work: Attempt, number: int, seed: int, agent: int, setting: Evolution, before: float) -> Decision:
+def _decision(work: Solving, number: int, seed: int, agent: int, setting: Evolution, before: float) -> Decision:
     """A problem's row. ``deviated`` (the tool was *not* used) is about complex problems; simple ones need no tool."""
     valid = work.policy is not None
     reward = -setting.cost(work.policy) if valid else None
     choice = Choice(
         option=work.policy,
         probabilities=work.probabilities,
+        mass=work.mass,
         attempts=work.attempts,
         prompt_tokens=work.tokens[0],
         completion_tokens=work.tokens[1],
