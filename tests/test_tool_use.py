@@ -733,7 +733,10 @@ def test_usage_counts_decisions_and_accuracy_counts_problems(frame):
 def test_drift_in_points(frame):
     table = tool_use_tables.drift_columns(frame)
     assert list(table.columns) == ["tool usage", "accuracy"]
-    assert table.loc[("m", "base"), "accuracy"].startswith("-25.0 [")
+    # One agent has one history, so nothing is known of others; two have an interval.
+    assert table.loc[("m", "base"), "accuracy"] == "-25.0"
+    two = tool_use_tables.drift_columns(pd.concat([frame, frame.assign(agent=1)]))
+    assert two.loc[("m", "base"), "accuracy"].startswith("-25.0 [-100.0, ")
 
 
 def test_how_far_agents_lie_apart(frame):
@@ -749,10 +752,14 @@ def test_without_tool_use_there_is_nothing_to_show(frame):
 
 def test_cost_per_solved_problem(frame):
     table = tool_use_tables.cost_per_solved(frame)
-    # Round 1: 3 + 1 + 1 units for one solved problem; families a (4 units, 1 solved) and b (1 unit, none). A resample
-    # is all a, both, or all b, so the interval runs from 4 units to no end. Round 2: nothing solved.
+    # Round 1: 3 + 1 + 1 units for one solved problem; families a (4 units, 1 solved) and b (1 unit, none). Round 2:
+    # nothing solved. One agent: no interval.
     assert table["rate"].tolist() == [5.0, math.inf] and table["solved"].tolist() == [1, 0]
-    assert (table["low"][0], table["high"][0]) == (4.0, math.inf) and math.isnan(table["low"][1])
+    assert table[["low", "high"]].isna().all(axis=None)
+    # Two agents alike: 0.2 a unit, the families' residuals are 0.04 and -0.04, so the standard error is 0.08; t(1) is
+    # 12.706: from 1 / (0.2 + 1.016) units to no end.
+    two = tool_use_tables.cost_per_solved(pd.concat([frame, frame.assign(agent=1)]))
+    assert (two["low"][0], two["high"][0]) == (pytest.approx(0.822, abs=1e-3), math.inf)
     assert (
         tool_use_tables.units(5, 4, math.inf) == "5.0 [4.0, ∞]"
         and tool_use_tables.units(math.inf, math.nan, math.nan) == "–"
@@ -765,7 +772,7 @@ def test_our_table_2(frame):
     assert list(table.columns) == ["n a round", "r=1", "r=2"]
     measures = table.index.get_level_values("measure").tolist()
     assert measures[0] == "tool usage, complex" and "P(tool), complex" not in measures
-    assert table.loc[("m", "base", "accuracy, complex"), "r=1"].startswith("25.0 [")
+    assert table.loc[("m", "base", "accuracy, complex"), "r=1"] == "25.0"
     assert table.loc[("m", "base", "cost per solved, simple"), "r=2"] == "1.0"
     assert table.loc[("m", "base", "accuracy, complex"), "n a round"] == 4
 
