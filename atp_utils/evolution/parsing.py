@@ -156,7 +156,7 @@ def answer_json(option: str) -> str:
     return json.dumps({"choice": option}, ensure_ascii=False)
 
 
-_STRING = r'"(?:[^"\\]|\\.)*+"'
+_STRING = r'"(?>(?:[^"\\]|\\.)*)"'
 _VALUE = re.compile(rf"({_STRING}|[-+./\w]++)\s*+(?:\}}|,\s*+(?:\}}|{_STRING}\s*+:))", re.DOTALL)
 
 

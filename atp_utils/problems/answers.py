@@ -84,10 +84,10 @@ _ALTERING = frozenset(
 
 _BRACE = re.compile(r"\\boxed\s*\{|\\boxed[ \t]*(?=[-+]?\s?(?:\.?\d|\\(?!boxed)[a-zA-Z$]))|\\[{}]|[{}]")
 # What an unbraced box holds ends with the formula, line or sentence, and has no words: those are prose around a mention
-# of the command. "1. First" begins a list.
+# of the command. "1. First" begins a list. (An atomic group: possessive ones err in Python before 3.11.5.)
 _UNBRACED = re.compile(
-    r"(?!1\.\s+\S)(?:[^{}$\n\\.a-zA-Z]|[a-zA-Z](?![a-zA-Z])|\.(?!\s|\Z)|\\(?!boxed)(?:[a-zA-Z]+|[^)\]\na-zA-Z])"
-    r"|\{[^{}]*\})*+(?=[$}\n.]|\\[)\]]|\\boxed|\Z)"
+    r"(?!1\.\s+\S)(?>(?:[^{}$\n\\.a-zA-Z]|[a-zA-Z](?![a-zA-Z])|\.(?!\s|\Z)|\\(?!boxed)(?:[a-zA-Z]+|[^)\]\na-zA-Z])"
+    r"|\{[^{}]*\})*)(?=[$}\n.]|\\[)\]]|\\boxed|\Z)"
 )
 # Below a heading: a formula or code on lines of its own; an item of a list, or the first of several lines of numbers.
 _BLOCK = re.compile(r"(?:\$\$|\\\[|```\w*\n)([^$`]*?)(?:\$\$|\\\]|```)[ \t.]*(?:\Z|\n(?!\s*(?:\$\$|\\\[)))")
