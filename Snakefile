@@ -15,7 +15,6 @@ import json
 import re
 import shlex
 
-from atp_utils import ROOT
 from atp_utils.engines import Servers
 from atp_utils.parameters import ALIGN, EVOLVE, read_profile, run_folder
 from atp_utils.scenarios.registry import SCENARIOS, source

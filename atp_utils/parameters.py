@@ -15,14 +15,28 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from atp_utils import resolve, shown
 from atp_utils.engines import Servers
+from atp_utils.evolution.protocol import Name as ProtocolName
 from atp_utils.scenarios.registry import SCENARIOS
 from atp_utils.support import files
 from atp_utils.support.files import as_folder
-from atp_utils.support.values import Distinct, Flag, Natural, Parameters, Positive, Rate, Real, Share, Text, option
+from atp_utils.support.values import (
+    Arm,
+    Distinct,
+    Flag,
+    Natural,
+    Parameters,
+    Positive,
+    Precision,
+    Rate,
+    Real,
+    Share,
+    Temperature,
+    Text,
+    option,
+)
 
 NOTEBOOKS = Path("notebooks")
 PROFILES = Path("profiles")
-Arm = Literal["base", "dpo", "grpo"]
 # What the pipeline gives each job; a profile's value would be ignored.
 GIVEN = {"model", "scenario", "arm", "adapter", "data", "out", "results", "figures", "overwrite"}
 
@@ -50,7 +64,7 @@ class Training(Parameters):
     data: Text = option("data", "folder of the prompts that notebook 1 wrote")
     out: str = option("", "folder of the adapter; empty: one of its own below runs/demo")
     overwrite: Flag = option(False, "whether another adapter in out may be set aside")
-    protocol: Literal["choose", "reason"] = option("choose", "form of the answer that prompts ask for")
+    protocol: ProtocolName = option("choose", "form of the answer that prompts ask for")
     learning_rate: Rate = option(5e-4, "at its highest")
     max_steps: Natural = option(3, "optimiser steps; 0: as many as the epochs take")
     batch_size: Positive = option(1, "pairs, or prompts of GRPO, that are computed at once")
@@ -60,9 +74,9 @@ class Training(Parameters):
     lora_targets: Text = option("all-linear", "layers that it adapts: all-linear, or names with commas between")
     warmup_ratio: Share = option(0.1, "share of the steps in which the learning rate rises")
     save_steps: Positive = option(10, "steps between checkpoints")
-    temperature: Annotated[Real, Field(ge=0, le=10)] = option(1.0, "of written replies")
+    temperature: Temperature = option(1.0, "of written replies")
     checkpoint_activations: Flag = option(False, "whether activations are computed again to save memory")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "precision of the weights; auto: what is fast here")
+    dtype: Precision = option("auto", "precision of the weights; auto: what is fast here")
     launcher: str = option("", "file of profiles/accelerate whose processes train; empty: this process")
     seed: Natural = option(0, "of adapter, order and draws")
 

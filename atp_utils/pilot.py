@@ -19,11 +19,12 @@ import pandas as pd
 import torch
 
 from atp_utils import models, parameters, resolve, runs
-from atp_utils.parameters import ALIGN, Profile, read_profile
+from atp_utils.parameters import ALIGN, EVOLVE, Profile, read_profile
 from atp_utils.runs import Run, evolving
 from atp_utils.scenarios.base import Scenario
 from atp_utils.scenarios.registry import SCENARIOS
 from atp_utils.support import folders
+from atp_utils.support.files import as_folder
 
 ITEMS, STEPS = 2, 2
 
@@ -40,15 +41,15 @@ def pilot(profile: Profile, folder: Path) -> pd.DataFrame:
     for model in profile.models:
         for name in profile.scenarios:
             given = {"model": model, "data": str(data), "overwrite": True}
-            place = folder / name / model.replace("/", "--")
+            place = folder / name / as_folder(model)
             rows += _trainings(profile, SCENARIOS[name], given, place)
             rows.append(_evolution(profile, SCENARIOS[name], given, place / "evolution"))
     return pd.DataFrame(rows)
 
 
 def _evolution(profile: Profile, scenario: Scenario, given: dict[str, Any], out: Path) -> dict[str, Any]:
-    asked = profile.given(scenario.notebook, None, given["model"]) | given
-    whole = parameters.check(scenario.notebook, asked)
+    asked = profile.given(EVOLVE[scenario.name], None, given["model"]) | given
+    whole = parameters.check(EVOLVE[scenario.name], asked)
     units = scenario.decisions(whole, len(scenario.test_items(whole))) * len(profile.arms)
     small = evolving.begin(scenario.name, asked | dict(scenario.pilot) | {"arm": "base", "out": str(out)})
     loading, _ = _timed(lambda: getattr(small.engine, "model", None))

@@ -102,7 +102,7 @@ def test_prompts_of_other_counts_are_not_replaced(tmp_path):
 
 def test_runs_that_differ_have_different_folders():
     def folder(**changes):
-        return runs.start("04_evolve_role_play", changes, "evolution", "role_play", "a/b", "base").out
+        return runs.start("04_evolve_role_play", {"model": "a/b"} | changes, "evolution", "role_play").out
 
     assert folder() == folder(servers="http://a/v1", overwrite=True, batch_tokens=9)
     assert folder().parent == ROOT / "runs/demo/evolution/role_play/a--b"

@@ -1,5 +1,6 @@
 """The problems of the tool-use scenario: which policy is named first, in the data and in an agent's blocks."""
 
+import json
 from collections import Counter
 from functools import cache
 
@@ -110,3 +111,11 @@ def test_what_can_not_be_balanced_is_drawn_all_the_same():
 def test_too_few_problems_are_refused_by_kind():
     with pytest.raises(ValueError, match="101 simple test problems needed, there are 100"):
         tool_items.blocks(data()[1], Evolution(rounds=1, simple_per_round=101), 0, 0)
+
+
+def test_a_changed_file_of_problems_is_read_again(tmp_path):
+    path, row = tmp_path / "mine.jsonl", {"id": "a", "kind": "simple", "family": "f", "source": "s"}
+    for answers in (["1"], ["1", "2"]):
+        lines = [json.dumps(row | {"question": f"What is {answer}?", "answer": answer}) for answer in answers]
+        path.write_text("\n".join(lines))
+        assert tool_items.draw_problems("simple", len(answers), path)[1]["rows"] == len(answers)

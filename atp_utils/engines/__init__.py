@@ -62,7 +62,7 @@ def open_engine(model: str, scenario: str, arm: str, adapter: str, servers: str,
     as late. Raises ValueError where arm, adapter and servers don't fit together, and what either engine raises.
     """
     served = Servers.of(servers)
-    _check(scenario, arm, adapter, served)
+    _check(model, scenario, arm, adapter, served)
     # Either engine's libraries take seconds to import, and a run needs one of them.
     if served is None:
         from atp_utils.engines.transformers_engine import TransformersEngine
@@ -84,9 +84,9 @@ def open_engine(model: str, scenario: str, arm: str, adapter: str, servers: str,
     return engine
 
 
-def _check(scenario: str, arm: str, adapter: str, served: Servers | None) -> None:
+def _check(model: str, scenario: str, arm: str, adapter: str, served: Servers | None) -> None:
     if served and adapter:
-        name = served.name_of("", scenario, arm)
+        name = served.name_of(model, scenario, arm)
         raise ValueError(
             f"adapter {adapter!r} together with servers: a server answers with the weights that it was started with. "
             f"Serve the adapter there (vLLM: --lora-modules {name}={adapter}) and leave adapter empty; the arm is "

@@ -113,7 +113,7 @@ class Journal:
 
     def find(self, request: Request, identity: str) -> Reply | None:
         """The journalled reply to ``request`` by the engine of this ``identity``, if there is one."""
-        self.chats.add(hashlib.sha256(request.content().encode("utf-8", "surrogatepass")).digest())
+        self.chats.add(hashlib.sha256(request.content.encode("utf-8", "surrogatepass")).digest())
         reply = self.record.replies.get(request.digest(identity))
         if reply is not None:
             self.used.add(reply.digest)

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 Message = dict[str, str]
@@ -57,13 +58,14 @@ class Request:
         """How the chat is to be answered: the options, or how text is sampled."""
         return {"options": list(self.options)} if self.options else {"sampling": asdict(self.sampling)}
 
+    @cached_property
     def content(self) -> str:
         """All that a reply's distribution depends on; requests of equal content share one forward pass."""
         return json.dumps({"messages": list(self.messages), **self.form()}, ensure_ascii=False)
 
     def digest(self, identity: str) -> str:
         """Content address of the reply in the journal (hex, 32 characters)."""
-        text = "\n".join([identity, self.key, str(self.seed), self.content()])
+        text = "\n".join([identity, self.key, str(self.seed), self.content])
         # A reply in the history may hold a lone surrogate, which a server's JSON can spell and UTF-8 can't.
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
@@ -102,6 +104,6 @@ def collapse(requests: Sequence[Request]) -> list[list[int]]:
     """
     groups: dict[tuple, list[int]] = {}
     for index, request in enumerate(requests):
-        key = (request.content(), None if request.options else request.seed)
+        key = (request.content, None if request.options else request.seed)
         groups.setdefault(key, []).append(index)
     return list(groups.values())

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,17 @@ class Run:
         return folders.claim(folder, {"notebook": self.notebook, "replies": name})
 
 
-def start(notebook: str, namespace: Mapping[str, Any], *place: str, scenario: str | None = None) -> Run:
+def start(notebook: str, namespace: Mapping[str, Any], kind: str, scenario: str, method: str = "") -> Run:
     """The run of ``notebooks/<notebook>.ipynb`` with the values that its parameters have in ``namespace``.
 
-    An empty ``out`` becomes ``runs/demo/PLACE...-DIGEST``, whose digest is that of parameters and code: runs that
-    differ have different folders. Raises ValueError for a wrong value, FileExistsError for a folder that isn't ours.
+    An empty ``out`` becomes ``runs/demo/KIND/SCENARIO/MODEL/METHOD-DIGEST``, whose digest is that of parameters and
+    code: runs that differ have different folders. ``method`` is that of a training, else the run's arm. Raises ValueError for a wrong value, FileExistsError for a folder that isn't ours.
     """
     values = _values(notebook, namespace)
-    run = Run(notebook, values, Path(), SCENARIOS.get(scenario))
-    folder = resolve(values.out or default_folder(run, *place))
+    run = Run(notebook, values, Path(), SCENARIOS[scenario])
+    folder = resolve(values.out or _default_folder(run, kind, method or values.arm))
     folders.holds(folder)
-    return Run(notebook, values, folder, run.scenario)
+    return replace(run, out=folder)
 
 
 def _values(notebook: str, namespace: Mapping[str, Any]) -> Any:
@@ -62,12 +62,13 @@ def _values(notebook: str, namespace: Mapping[str, Any]) -> Any:
     return parameters.check(notebook, {name: namespace[name] for name in names if name in namespace})
 
 
-def default_folder(run: Run, *place: str) -> str:
-    """Where a run is kept if ``out`` is empty."""
-    book = Path(f"notebooks/{run.notebook}.ipynb")
-    code = code_of(*filter(None, (book if resolve(book).is_file() else None, run.scenario and source(run.scenario))))
+def _default_folder(run: Run, kind: str, method: str) -> str:
+    # A scenario from outside may have no notebook.
+    books = [book for book in [f"notebooks/{run.notebook}.ipynb"] if resolve(book).is_file()]
+    code = code_of(*books, source(run.scenario))
     digest = hashlib.sha256(json.dumps([run.marker, code]).encode()).hexdigest()[:8]
-    return f"runs/demo/{'/'.join(map(files.as_folder, place))}-{digest}"
+    place = "/".join(map(files.as_folder, (kind, run.scenario.name, run.parameters.model, method)))
+    return f"runs/demo/{place}-{digest}"
 
 
 def write_data(namespace: Mapping[str, Any]) -> dict[str, dict[str, list]]:

@@ -15,7 +15,6 @@ from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Engine
 from atp_utils.parameters import EVOLVE
 from atp_utils.runs import Run
-from atp_utils.scenarios.registry import SCENARIOS
 from atp_utils.support import folders, progress
 from atp_utils.support.manifest import MANIFEST
 
@@ -55,14 +54,13 @@ def begin(scenario: str, namespace: Mapping[str, Any]) -> Evolving:
     The run's folder is claimed. Replies of other parameters stay in it; a finished run of others is replaced only by
     one that may ``overwrite``. Raises what `runs.start`, `folders.claim` and `open_engine` raise, before any work.
     """
-    own, model, arm = SCENARIOS[scenario], namespace["model"], namespace["arm"]
-    run = runs.start(EVOLVE[scenario], namespace, "evolution", scenario, model, arm, scenario=scenario)
-    given, items = run.parameters, own.test_items(run.parameters)
+    run = runs.start(EVOLVE[scenario], namespace, "evolution", scenario)
+    given, items = run.parameters, run.scenario.test_items(run.parameters)
     if folders.check(run.out, run.marker, overwrite=given.overwrite) != run.marker:
         folders.claim(run.out, run.marker, overwrite=True, append=True)
         remove_derived(run.out)
     settings = {"dtype": given.dtype, "batch_tokens": given.batch_tokens, "cache_bytes": given.cache_gb * 1e9}
-    engine = open_engine(model, scenario, arm, given.adapter, given.servers, run.out, **settings)
+    engine = open_engine(given.model, scenario, given.arm, given.adapter, given.servers, run.out, **settings)
     return Evolving(run, engine, given.protocol_of(), items)
 
 

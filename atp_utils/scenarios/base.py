@@ -14,11 +14,24 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from atp_utils import resolve, shown
 from atp_utils.evolution.journal import Journal
 from atp_utils.evolution.loop import Episode
+from atp_utils.evolution.protocol import Name as ProtocolName
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Message, Sampling
 from atp_utils.scenarios import preferences
 from atp_utils.support import files
-from atp_utils.support.values import Distinct, Flag, Natural, Parameters, Positive, Real, Text, option
+from atp_utils.support.values import (
+    Arm,
+    Distinct,
+    Flag,
+    Natural,
+    Parameters,
+    Positive,
+    Precision,
+    Real,
+    Temperature,
+    Text,
+    option,
+)
 
 Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Split = Literal["train", "test"]
@@ -47,7 +60,7 @@ class Evolution(Parameters):
     """Parameters of every evolution notebook; a scenario adds its own."""
 
     model: Text = option("smollm2-135m", "name of an embedded model, Hugging Face id, or folder")
-    arm: Literal["base", "dpo", "grpo"] = option("base", "base, or how the model was aligned")
+    arm: Arm = option("base", "base, or how the model was aligned")
     adapter: str = option("", "folder of the adapter that notebook 2 or 3 trained; empty for base, and with servers")
     servers: str = option("", "servers that answer instead: addresses with commas between, or a YAML file")
     data: Text = option("data", "folder of the prompts that notebook 1 wrote")
@@ -55,16 +68,16 @@ class Evolution(Parameters):
     overwrite: Flag = option(False, "whether results of other parameters in out may be replaced")
     seeds: Annotated[list[Natural], Field(min_length=1), Distinct] = option([0], "repetitions, each with its own draws")
     rounds: Positive = option(4, "decisions of an agent")
-    protocol: Literal["choose", "reason"] = option("choose", "score the two answers, or let the model write first")
+    protocol: ProtocolName = option("choose", "score the two answers, or let the model write first")
     max_attempts: Positive = option(3, "how often an unreadable decision is asked in all (reason)")
     max_new_tokens: Positive = option(64, "longest reply")
-    temperature: Annotated[Real, Field(ge=0, le=10)] = option(1.0, "of written replies")
+    temperature: Temperature = option(1.0, "of written replies")
     top_p: Annotated[Real, Field(gt=0, le=1)] = option(1.0, "share of probability that written tokens are drawn from")
     top_k: Natural = option(0, "number of tokens that written tokens are drawn from; 0: all")
     thinking: Flag = option(True, "whether a model that can think may (reason)")
     keep_thinking: Flag = option(False, "whether an agent finds its earlier thoughts in its chat")
     opened: Flag = option(True, "whether scored answers are opened for the model: their common beginning is given")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "precision of the weights; auto: what is fast here")
+    dtype: Precision = option("auto", "precision of the weights; auto: what is fast here")
     batch_tokens: Natural = option(0, "most tokens of a forward pass; 0: 4096, on a GPU 16384")
     cache_gb: Annotated[Real, Field(ge=0)] = option(6.0, "memory for keys and values that are kept between rounds")
 

@@ -1,6 +1,6 @@
 """Kinds of values that parameters have, as pydantic checks them."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -38,3 +38,6 @@ Share = Annotated[Real, Field(ge=0, le=1)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1)]
 Distinct = AfterValidator(_distinct)
+Arm = Literal["base", "dpo", "grpo"]
+Temperature = Annotated[Real, Field(ge=0, le=10)]
+Precision = Literal["auto", "float32", "bfloat16"]

@@ -37,11 +37,6 @@ TEMPERATURE = 0.7
 APPROPRIATE, INAPPROPRIATE, UNDECIDED, RIGHT = 1.0, 0.1, 0.0, 1.0
 
 
-def dpo_items(items: Sequence[Item]) -> list[Item]:
-    """The items that DPO trains on: complex training problems, for which the tool is the right policy."""
-    return [item for item in items if item.kind == "complex" and item.split == "train"]
-
-
 # --- DPO ---------------------------------------------------------------------------------------------------
 
 

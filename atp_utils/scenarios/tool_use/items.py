@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from atp_utils import problems
+from atp_utils import problems, resolve
 from atp_utils.evolution.requests import derive_seed
 from atp_utils.problems import Problem
 from atp_utils.problems.answers import parse_number
@@ -81,11 +81,18 @@ class Evolution(base.Evolution):
         return self.tool_cost if policy == "tool" else self.direct_cost
 
 
-@cache
 def draw_problems(
     kind: str, n: int, source: str | Path = "generated", seed: int = 0
 ) -> tuple[list[tuple[Problem, str]], dict[str, int]]:
     """``n`` problems of a kind, each with a program or "", and the counts of rows read, kept and dropped by reason."""
+    path = resolve(source)
+    # A file may have changed since.
+    state = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+    return _drawn(kind, n, source, seed, state)
+
+
+@cache
+def _drawn(kind: str, n: int, source: str | Path, seed: int, _: Any) -> Any:
     if source == "generated":
         return problems.generate(kind, n, seed), {"rows": n, "kept": n}
     found, counts = problems.load(kind, n, source, seed)
