@@ -64,19 +64,20 @@ def align_given(wildcards):
 
 
 def evolve_given(wildcards):
-    model, arm = MODELS[wildcards.model], wildcards.arm
+    model, arm, condition = MODELS[wildcards.model], wildcards.arm, wildcards.condition
     # Servers hold the adapters themselves.
     served = SERVERS or SETTINGS.given(EVOLVE[wildcards.scenario], None, model).get("servers")
     adapter = "" if arm == "base" or served else adapter_manifest(wildcards).removesuffix("/manifest.json")
-    out = f"{RUN}/evolution/{wildcards.scenario}/{wildcards.model}/{arm}"
-    return given(model=model, arm=arm, adapter=adapter, out=out, data=f"{RUN}/data", overwrite=True)
+    out = f"{RUN}/evolution/{wildcards.scenario}/{wildcards.model}/{condition}/{arm}"
+    place = {"out": out, "data": f"{RUN}/data", "overwrite": True}
+    return given(model=model, arm=arm, condition=condition, adapter=adapter, **place)
 
 
 SERVED = given(servers=SERVERS) if SERVERS else ""
 
 
-def settings_of(book, scenario, name):
-    return SETTINGS.parameters(book, scenario, name).model_dump(mode="json", exclude={"servers"})
+def settings_of(book, part, name):
+    return SETTINGS.parameters(book, part, name).model_dump(mode="json", exclude={"servers"})
 
 
 wildcard_constraints:
@@ -84,6 +85,7 @@ wildcard_constraints:
     model="|".join(map(re.escape, MODELS)),
     arm="base|dpo|grpo",
     method="dpo|grpo",
+    condition="|".join({condition for _, condition in SETTINGS.evolutions}),
 
 
 rule all:
@@ -142,17 +144,17 @@ rule evolve:
         lambda w: prompts(w.scenario, "test"),
         adapter_manifest,
     output:
-        f"{RUN}/evolution/{{scenario}}/{{model}}/{{arm}}/manifest.json",
+        f"{RUN}/evolution/{{scenario}}/{{model}}/{{condition}}/{{arm}}/manifest.json",
     params:
         notebook=lambda w: f"notebooks/{EVOLVE[w.scenario]}.ipynb",
         code=lambda w: code(EVOLVE[w.scenario], w.scenario),
         name=lambda w: MODELS[w.model],
         given=evolve_given,
-        settings=lambda w: settings_of(EVOLVE[w.scenario], None, MODELS[w.model]),
+        settings=lambda w: settings_of(EVOLVE[w.scenario], w.condition, MODELS[w.model]),
     message:
-        "evolve: {wildcards.scenario}, {params.name}, {wildcards.arm}"
+        "evolve: {wildcards.scenario}, {params.name}, {wildcards.condition}, {wildcards.arm}"
     log:
-        notebook=f"{RUN}/notebooks/evolve-{{scenario}}-{{model}}-{{arm}}.ipynb",
+        notebook=f"{RUN}/notebooks/evolve-{{scenario}}-{{model}}-{{condition}}-{{arm}}.ipynb",
     threads: 8
     resources:
         gpu=1,
@@ -165,12 +167,12 @@ rule evolve:
 rule figures:
     input:
         "notebooks/{book}.ipynb",
-        expand(
-            f"{RUN}/evolution/{{scenario}}/{{model}}/{{arm}}/manifest.json",
-            scenario=SETTINGS.scenarios,
-            model=MODELS,
-            arm=SETTINGS.arms,
-        ),
+        [
+            f"{RUN}/evolution/{scenario}/{model}/{condition}/{arm}/manifest.json"
+            for scenario, condition in SETTINGS.evolutions
+            for model in MODELS
+            for arm in SETTINGS.arms
+        ],
     output:
         touch(f"{RUN}/figures/{{book}}.done"),
     params:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from atp_utils import resolve, shown
 from atp_utils.engines import Servers
 from atp_utils.evolution.protocol import Name as ProtocolName
+from atp_utils.scenarios.base import Fold
 from atp_utils.scenarios.registry import SCENARIOS
 from atp_utils.support import files
 from atp_utils.support.files import as_folder
@@ -38,7 +39,7 @@ from atp_utils.support.values import (
 NOTEBOOKS = Path("notebooks")
 PROFILES = Path("profiles")
 # What the pipeline gives each job; a profile's value would be ignored.
-GIVEN = {"model", "scenario", "arm", "adapter", "data", "out", "results", "figures", "overwrite"}
+GIVEN = {"model", "scenario", "arm", "condition", "adapter", "data", "out", "results", "figures", "overwrite"}
 
 
 def _scenario(name: str) -> str:
@@ -64,6 +65,8 @@ class Training(Parameters):
     data: Text = option("data", "folder of the prompts that notebook 1 wrote")
     out: str = option("", "folder of the adapter; empty: one of its own below runs/demo")
     overwrite: Flag = option(False, "whether another adapter in out may be set aside")
+    held_out: Fold = option(0, "quarter of the environments that is left out, 1 to 4; 0: none")
+    history_pairs: Natural = option(0, "compliant rounds with equal payoffs in front of each training prompt")
     protocol: ProtocolName = option("choose", "form of the answer that prompts ask for")
     learning_rate: Rate = option(5e-4, "at its highest")
     max_steps: Natural = option(3, "optimiser steps; 0: as many as the epochs take")
@@ -127,6 +130,8 @@ MODELS: dict[str, type[Parameters]] = {
     "03_align_grpo": Grpo,
     "07_heatmaps": Drawing,
     "08_figures": Drawing,
+    "09_dose_response": Drawing,
+    "10_critical_mass": Drawing,
 }
 ALIGN = {"dpo": "02_align_dpo", "grpo": "03_align_grpo"}
 # A scenario from outside that has no notebook evolves under its own name.
@@ -187,34 +192,46 @@ def _models(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class Profile(BaseModel):
-    """One file of ``profiles/``: which models, arms and scenarios, and the parameters of every notebook.
+    """One file of ``profiles/``: which models, arms, scenarios and conditions, and the parameters of every notebook.
 
-    ``notebooks`` maps a notebook, or ``notebook/scenario`` where one notebook serves several, to its
-    parameters. ``models`` maps each model to what it has otherwise, in the same form.
+    ``notebooks`` maps a notebook to its parameters; those of ``notebook/part`` are for one scenario (training) or one
+    condition (evolution). ``models`` maps each model to what it has otherwise, in the same form. A scenario that
+    ``conditions`` doesn't name has the standard one.
     """
 
     model_config = ConfigDict(extra="forbid")
     models: Annotated[dict[Text, dict[str, dict[str, Any]]], Field(min_length=1), AfterValidator(_models)]
     arms: Annotated[list[Arm], Field(min_length=1), Distinct]
     scenarios: Annotated[list[ScenarioName], Field(min_length=1), Distinct]
+    conditions: dict[ScenarioName, Annotated[list[Text], Field(min_length=1), Distinct]] = {}
     notebooks: dict[str, dict[str, Any]]
 
     @property
-    def figures(self) -> list[str]:
-        """The notebooks that draw what the scenarios give."""
-        return ["08_figures"] + (["07_heatmaps"] if "collusion" in self.scenarios else [])
+    def evolutions(self) -> list[tuple[str, str]]:
+        """(scenario, condition) of all evolutions."""
+        return [(name, condition) for name in self.scenarios for condition in self.conditions.get(name, ["standard"])]
 
-    def given(self, notebook: str, scenario: str | None = None, model: str | None = None) -> dict[str, Any]:
-        """What the profile says of one run: the notebook's, the scenario's, the model's; later ones win."""
+    @property
+    def figures(self) -> list[str]:
+        """The notebooks that draw what the evolutions give."""
+        played = {
+            "07_heatmaps": ("collusion", "standard"),
+            "09_dose_response": ("role_play", "forced_history"),
+            "10_critical_mass": ("collusion", "forced_history"),
+        }
+        return ["08_figures", *(book for book, evolution in played.items() if evolution in self.evolutions)]
+
+    def given(self, notebook: str, part: str | None = None, model: str | None = None) -> dict[str, Any]:
+        """What the profile says of one run: the notebook's, its ``part``'s, the model's; later ones win."""
         merged: dict[str, Any] = {}
         for source in (self.notebooks, self._own(model) if model else {}):
-            for key in (notebook, f"{notebook}/{scenario}"):
+            for key in (notebook, f"{notebook}/{part}"):
                 merged |= source.get(key, {})
         return merged
 
-    def parameters(self, notebook: str, scenario: str | None = None, model: str | None = None) -> Any:
+    def parameters(self, notebook: str, part: str | None = None, model: str | None = None) -> Any:
         """All parameters of one run, checked."""
-        return check(notebook, self.given(notebook, scenario, model))
+        return check(notebook, self.given(notebook, part, model))
 
     def of_model(self, name: str) -> "Profile":
         """The profile for the model ``name`` alone: with what it has of its own if it is one of the profile's."""
@@ -240,6 +257,13 @@ def read_profile(name: str) -> Profile:
         known = ", ".join(sorted(found.stem for found in resolve(PROFILES).glob("*.yaml")))
         raise FileNotFoundError(f"no profile {name!r} (there are: {known})")
     profile = files.read_yaml(path, Profile)
+    for scenario, conditions in profile.conditions.items():
+        for condition in conditions:
+            try:
+                check(EVOLVE[scenario], {"condition": condition})
+            except ValueError as error:
+                line = files.line_of(path, ["conditions", scenario])
+                raise ValueError(f"{shown(path)}, line {line}, conditions, {scenario}: {error}") from None
     places = [("notebooks",), *(("models", model) for model in profile.models)]
     for place, settings in zip(places, (profile.notebooks, *profile.models.values()), strict=True):
         for key, values in settings.items():
@@ -258,12 +282,14 @@ def read_profile(name: str) -> Profile:
 
 def _checked_book(key: str, section: str) -> str:
     """The notebook of a profile's ``key``; raises ValueError where no run would look for the key."""
-    book, slash, scenario = key.partition("/")
+    book, slash, part = key.partition("/")
     names = model_of(book).model_fields
-    if slash and "scenario" not in names:
-        raise ValueError(f"{book} takes no scenario: the key is {book!r} alone")
-    if slash and scenario not in SCENARIOS:
-        raise ValueError(f"no scenario {scenario!r} (there are: {', '.join(SCENARIOS)})")
+    if slash and "scenario" in names and part not in SCENARIOS:
+        raise ValueError(f"no scenario {part!r} (there are: {', '.join(SCENARIOS)})")
+    if slash and "condition" in names:
+        check(book, {"condition": part})
+    elif slash and "scenario" not in names:
+        raise ValueError(f"{book} takes no scenario and no condition: the key is {book!r} alone")
     if section == "models" and "model" not in names:
         raise ValueError(f"{book} runs for all models at once: its settings belong under notebooks")
     return book

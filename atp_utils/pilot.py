@@ -32,7 +32,8 @@ ITEMS, STEPS = 2, 2
 def pilot(profile: Profile, folder: Path) -> pd.DataFrame:
     """One row a kind of job: model, scenario, job, jobs, unit, units, seconds and tokens a unit, hours, memory_gb.
 
-    Runs in ``folder``. ``jobs`` counts the arms that an evolution is run for; ``units`` and ``hours`` are of all of
+    Runs in ``folder``. ``jobs`` counts the arms and conditions that an evolution is run for (each
+    taken to be as long as the standard one); ``units`` and ``hours`` are of all of
     them, loading the model included.
     """
     data = folder / "data"
@@ -50,7 +51,8 @@ def pilot(profile: Profile, folder: Path) -> pd.DataFrame:
 def _evolution(profile: Profile, scenario: Scenario, given: dict[str, Any], out: Path) -> dict[str, Any]:
     asked = profile.given(EVOLVE[scenario.name], None, given["model"]) | given
     whole = parameters.check(EVOLVE[scenario.name], asked)
-    units = scenario.decisions(whole, len(scenario.test_items(whole))) * len(profile.arms)
+    conditions = sum(name == scenario.name for name, _ in profile.evolutions)
+    units = scenario.decisions(whole, len(scenario.test_items(whole))) * len(profile.arms) * conditions
     small = evolving.begin(scenario.name, asked | dict(scenario.pilot) | {"arm": "base", "out": str(out)})
     loading, _ = _timed(lambda: getattr(small.engine, "model", None))
     seconds, table = _timed(small.play)
@@ -60,8 +62,8 @@ def _evolution(profile: Profile, scenario: Scenario, given: dict[str, Any], out:
         "scenario": scenario.name,
         "job": "evolution",
         "makes": scenario.paper,
-        "jobs": len(profile.arms),
-        **_extrapolated("decision", units, seconds / len(table), loading * len(profile.arms)),
+        "jobs": len(profile.arms) * conditions,
+        **_extrapolated("decision", units, seconds / len(table), loading * len(profile.arms) * conditions),
         "tokens": float(tokens),
     }
 

@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         given = values = {key: parameters.from_text(name, key, value) for key, value in options.values}
         if options.profile:
             profile = parameters.read_profile(options.profile)
-            values = profile.given(name, given.get("scenario"), given.get("model")) | given
+            values = profile.given(name, given.get("scenario") or given.get("condition"), given.get("model")) | given
         run(options.notebook, options.out, values)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)

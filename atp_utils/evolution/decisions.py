@@ -15,8 +15,13 @@ class Decision:
 
     ``reward`` is in the environment's own unit (role-play), a payoff factor (collusion) or minus the cost (tool use);
     ``capital`` is its running sum (collusion: product); ``succeeded`` is the round's collective outcome (collusion);
-    ``p_deviate`` is the probability that the engine gave the deviant option, without sampling noise, and ``mass`` that
-    of both options together, on which it conditions (`Protocol.opened`). ``reply`` is the journal's key of the raw
+    ``p_deviate`` is the probability that the engine gave the deviant option, without sampling noise: the mean of
+    ``p_first`` and ``p_second``, where the question names it first and second. ``deviant_first`` says which of the two
+    stands in the agent's history. ``mass`` is the probability of both options together, on which the others condition
+    (`Protocol.opened`). ``condition`` is what was manipulated; of a history that was written for the agent ``told``
+    says whose it is, ``past_compliant`` and ``past_deviant`` how often the agent (or that other) chose what,
+    ``past_others`` how many of the others deviated last (collusion), and ``payoff_ratio`` what deviating pays for each
+    unit that complying does. ``reply`` is the journal's key of the raw
     reply that holds the choice, ``replies`` those of all replies that the row rests on, in their order, with spaces
     between; ``fault`` says why an invalid decision is one (`protocol.FAULTS`).
     """
@@ -30,6 +35,9 @@ class Decision:
     choice: str | None
     deviated: bool | None
     p_deviate: float | None = None
+    p_first: float | None = None
+    p_second: float | None = None
+    deviant_first: bool | None = None
     mass: float | None = None
     valid: bool
     attempts: int
@@ -40,6 +48,12 @@ class Decision:
     succeeded: bool | None = None
     tool_used: bool | None = None
     correct: bool | None = None
+    condition: str = "standard"
+    told: str | None = None
+    past_compliant: int | None = None
+    past_deviant: int | None = None
+    past_others: int | None = None
+    payoff_ratio: float | None = None
     prompt_tokens: int
     completion_tokens: int
     reply: str
@@ -49,13 +63,17 @@ class Decision:
     @classmethod
     def of(cls, item: Any, choice: Choice, **given: Any) -> "Decision":
         """The row of a ``choice`` on an ``item`` (`scenarios.Item`); ``given`` are the other fields, and wins."""
-        deviant = item.options.index(item.deviant)
+        deviant = choice.options.index(item.deviant) if choice.options else None
+        first, second = choice.by_place[deviant] if choice.by_place else (None, None)
         known = {
             "item": item.id,
             "environment": item.environment,
             "choice": choice.option,
             "deviated": None if choice.option is None else choice.option == item.deviant,
             "p_deviate": choice.probabilities[deviant] if choice.probabilities else None,
+            "p_first": first,
+            "p_second": second,
+            "deviant_first": None if deviant is None else deviant == 0,
             "mass": choice.mass,
             "valid": choice.option is not None,
             "attempts": choice.attempts,

@@ -1,15 +1,16 @@
 """How a decision is taken from a model: the two protocols, one sub-generator for every scenario.
 
-- ``choose``: the engine scores the complete JSON answer of every option, and one is drawn from the normalised
-  probabilities by the request's seed. P(deviate) is recorded, so its mean has no sampling noise.
+- ``choose``: the engine scores the complete JSON answer of every option, with the options named in either order; one is
+  drawn from the mean of the two normalised probabilities by the request's seed. P(deviate) is recorded, so its mean
+  has no sampling noise, and what the model owes to the place of an option is told apart from what it prefers.
 - ``reason``: the model writes freely, thinking included, and ends with the JSON answer (the paper's protocol).
   An invalid reply is asked again, with a new seed, up to ``max_attempts``; then the decision is invalid.
 """
 
 import math
 import random
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from atp_utils.evolution.parsing import answer_json, parse_choice, split_thinking
@@ -57,26 +58,34 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Question:
-    """One decision to be taken: ``key`` names it, ``messages`` lead up to it, ``options`` can be chosen."""
+    """One decision to be taken: ``key`` names it, ``messages`` lead up to it and name ``options`` in their order.
+
+    ``turned`` is the same chat but for its last question, which names the options in the other order.
+    """
 
     key: tuple[str | int, ...]
     messages: Sequence[Message]
     options: tuple[str, ...]
+    turned: Sequence[Message] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """What came of a question. ``option`` is None when invalid, and ``fault`` says why (`FAULTS`).
 
-    ``mass`` is the probability of all options together, on which ``probabilities`` condition. ``said`` is the reply
-    without its thinking, ``turn`` what enters the agent's own chat (`Protocol.turn`); ``replies`` are the journal's
-    keys of all replies it rests on, ``decided`` that of the one that decides.
+    ``options`` are in the order in which the chat that goes on names them. ``by_place`` holds each option's probability
+    where it is named first, and where it is named second; ``probabilities`` are the means of these two, and ``mass`` is
+    the probability of all options together, on which they condition. ``said`` is the reply without its thinking,
+    ``turn`` what enters the agent's own chat (`Protocol.turn`); ``replies`` are the journal's keys of all replies it
+    rests on, ``decided`` that of the one that decides.
     """
 
     option: str | None
+    options: tuple[str, ...] = ()
     said: str = ""
     turn: str = ""
     probabilities: tuple[float, ...] | None = None
+    by_place: tuple[tuple[float, float], ...] | None = None
     mass: float | None = None
     attempts: int = 1
     prompt_tokens: int = 0
@@ -86,28 +95,59 @@ class Choice:
     fault: str | None = None
 
 
-def decide(questions: Sequence[Question], protocol: Protocol) -> Generator[list[Request], list, list[Choice]]:
-    """Ask all ``questions`` at once, the invalid ones again; to be used by episodes with ``yield from``.
+def orders(rounds: int, *key: str | int) -> list[bool]:
+    """Whether the options are turned in the history of each round: in half of the rounds, drawn by ``key``."""
+    rng = random.Random(derive_seed("orders", *key))
+    first = rng.randrange(2)
+    drawn = [(number + first) % 2 == 1 for number in range(rounds)]
+    rng.shuffle(drawn)
+    return drawn
 
-    A chat that is too long for the model is not asked again. Token counts add up over the attempts.
+
+def question(
+    key: tuple[str | int, ...], options: tuple[str, ...], chat: Callable[[bool], Sequence[Message]], turned: bool
+) -> Question:
+    """The question whose ``chat`` names ``options`` in their order, or ``turned``; that order enters the history."""
+    return Question(key, chat(turned), options[::-1] if turned else options, chat(not turned))
+
+
+def decide(questions: Sequence[Question], protocol: Protocol) -> Generator[list[Request], list, list[Choice]]:
+    """Ask all ``questions`` at once, unreadable ones again; to be used by episodes with ``yield from``.
+
+    A chat that is too long for the model is not asked again. Token counts add up over orders and attempts.
     """
+    if protocol.name == "choose":
+        asked = [_both_orders(question, protocol) for question in questions]
+        replies = iter((yield [request for requests in asked for request in requests]))
+        return [
+            _scored(question, requests, [next(replies) for _ in requests], protocol)
+            for question, requests in zip(questions, asked, strict=True)
+        ]
     choices: dict[int, Choice] = {}
     pending = list(range(len(questions)))
-    for attempt in range(1 if protocol.name == "choose" else protocol.max_attempts):
-        requests = [_request(questions[number], protocol, attempt) for number in pending]
+    for attempt in range(protocol.max_attempts):
+        requests = [_request(questions[number], protocol, f"attempt{attempt}") for number in pending]
         replies = yield requests
-        for number, request, reply in zip(pending, requests, replies, strict=True):
-            choices[number] = _choice(questions[number], request, reply, protocol, choices.get(number))
+        for number, reply in zip(pending, replies, strict=True):
+            choices[number] = _written(questions[number], reply, protocol, choices.get(number))
         pending = [number for number in pending if choices[number].fault not in (None, "context")]
         if not pending:
             break
     return [choices[number] for number in range(len(questions))]
 
 
-def _request(question: Question, protocol: Protocol, attempt: int) -> Request:
-    key = (*question.key, f"attempt{attempt}")
-    forced = tuple(map(answer_json, question.options)) if protocol.name == "choose" else ()
-    return Request("/".join(map(str, key)), tuple(question.messages), derive_seed(*key), forced, protocol.sampling)
+def _request(question: Question, protocol: Protocol, *more: str) -> Request:
+    key = (*question.key, *more)
+    return Request("/".join(map(str, key)), tuple(question.messages), derive_seed(*key), sampling=protocol.sampling)
+
+
+def _both_orders(question: Question, protocol: Protocol) -> list[Request]:
+    asked, answers = _request(question, protocol, "attempt0"), tuple(map(answer_json, question.options))
+    turned = [] if question.turned is None else [(question.turned, answers[::-1])]
+    return [
+        replace(asked, messages=tuple(messages), options=options)
+        for messages, options in [(question.messages, answers), *turned]
+    ]
 
 
 def normalise(logprobs: Sequence[float]) -> tuple[float, ...]:
@@ -134,23 +174,44 @@ def fault_of(reply: Reply) -> str:
     return {"length": "cut", "context": "context"}.get(reply.finish_reason.removeprefix("sampled:"), "unreadable")
 
 
-def _choice(question: Question, request: Request, reply: Reply, protocol: Protocol, before: Choice | None) -> Choice:
-    if reply.logprobs is None:
-        probabilities, mass, option = None, None, parse_choice(reply.text, question.options)
-        thinking, said = split_thinking(reply.text)
-    else:
-        probabilities = normalise(reply.logprobs)
-        given = reply.shared if protocol.opened and reply.shared is not None else 0.0
-        mass = sum(math.exp(logprob - given) for logprob in reply.logprobs)
-        option = question.options[draw(probabilities, request.seed)]
-        thinking, said = "", answer_json(option)
+def _scored(question: Question, requests: Sequence[Request], replies: Sequence[Reply], protocol: Protocol) -> Choice:
+    """The choice of a forced question from its replies in either order, or in the one that was asked."""
+    lost = next((reply for reply in replies if reply.logprobs is None), None)
+    if lost is not None:
+        # Servers that can't score give an answer that was drawn, and a chat may be too long in one of its orders.
+        return _written(question, replies[0] if replies[0].logprobs is None else lost, protocol, None)
+    named = [normalise(reply.logprobs) for reply in replies]
+    turned = named[-1][::-1] if len(named) > 1 else named[0]
+    probabilities = tuple((one + other) / 2 for one, other in zip(named[0], turned, strict=True))
+    shared = [reply.shared if protocol.opened and reply.shared is not None else 0.0 for reply in replies]
+    masses = [
+        sum(math.exp(value - given) for value in reply.logprobs) for reply, given in zip(replies, shared, strict=True)
+    ]
+    option = question.options[draw(probabilities, requests[0].seed)]
+    return Choice(
+        option=option,
+        options=question.options,
+        said=answer_json(option),
+        turn=protocol.turn("", answer_json(option)),
+        probabilities=probabilities,
+        by_place=((named[0][0], turned[0]), (turned[1], named[0][1])) if len(named) > 1 else None,
+        mass=sum(masses) / len(masses),
+        prompt_tokens=sum(reply.prompt_tokens for reply in replies),
+        completion_tokens=sum(reply.completion_tokens for reply in replies),
+        replies=tuple(reply.digest for reply in replies),
+        decided=replies[0].digest,
+    )
+
+
+def _written(question: Question, reply: Reply, protocol: Protocol, before: Choice | None) -> Choice:
+    option = parse_choice(reply.text, question.options)
+    thinking, said = split_thinking(reply.text)
     before = before or Choice(option=None, attempts=0)
     return Choice(
         option=option,
+        options=question.options,
         said=said,
         turn=protocol.turn(thinking, said),
-        probabilities=probabilities,
-        mass=mass,
         attempts=1 + before.attempts,
         prompt_tokens=reply.prompt_tokens + before.prompt_tokens,
         completion_tokens=reply.completion_tokens + before.completion_tokens,

@@ -35,12 +35,15 @@ from atp_utils.support.values import (
 
 Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Split = Literal["train", "test"]
+Fold = Annotated[int, Field(ge=0, le=4, strict=True)]
+CONDITION = "what is manipulated (docs/conditions.md)"
 
 
 class Item(BaseModel):
     """One prompt of the data set, a line of ``train.jsonl`` or ``test.jsonl``.
 
-    ``options`` are in the order in which the prompt names them; ``environment`` is the unit that intervals resample.
+    ``options`` are in the order in which the prompt names them, unless it is turned; ``environment`` is the unit of
+    intervals.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,9 +58,23 @@ class Item(BaseModel):
         """The option that departs from the rule, norm or fitting policy."""
         return next(option for option in self.options if option != self.compliant)
 
+    def named(self, turned: bool) -> tuple[str, str]:
+        """The options in their order, or the other way round."""
+        return self.options[::-1] if turned else self.options
+
+
+def fold(items: Sequence[Item], held_out: int, *, inside: bool) -> list:
+    """Items of the environments that are held out (``inside``) or of the others; all where ``held_out`` is 0.
+
+    Every fourth environment, by name, is in fold 1, 2, 3 or 4.
+    """
+    names = sorted({item.environment for item in items})
+    own = {name for place, name in enumerate(names) if place % 4 == held_out - 1}
+    return [item for item in items if not held_out or (item.environment in own) == inside]
+
 
 class Evolution(Parameters):
-    """Parameters of every evolution notebook; a scenario adds its own."""
+    """Parameters of every evolution notebook; a scenario adds its own, its ``condition``s among them."""
 
     model: Text = option("smollm2-135m", "name of an embedded model, Hugging Face id, or folder")
     arm: Arm = option("base", "base, or how the model was aligned")
@@ -66,6 +83,9 @@ class Evolution(Parameters):
     data: Text = option("data", "folder of the prompts that notebook 1 wrote")
     out: str = option("", "folder of the results; empty: one of its own below runs/demo")
     overwrite: Flag = option(False, "whether results of other parameters in out may be replaced")
+    condition: Literal["standard"] = option("standard", CONDITION)
+    held_out: Fold = option(0, "quarter of the environments that is played, which training left out; 0: all")
+    history_window: Natural = option(0, "how many of the last rounds an agent remembers; 0: all")
     seeds: Annotated[list[Natural], Field(min_length=1), Distinct] = option([0], "repetitions, each with its own draws")
     rounds: Positive = option(4, "decisions of an agent")
     protocol: ProtocolName = option("choose", "score the two answers, or let the model write first")
@@ -105,9 +125,18 @@ class Scenario:
         """The items of each of ``splits``, from the parameters of notebook 1."""
         raise NotImplementedError
 
-    def opening(self, item: Any, protocol: Protocol) -> list[Message]:
-        """The chat before the first decision, without history: also the training prompt."""
+    def opening(self, item: Any, protocol: Protocol, turned: bool = False) -> list[Message]:
+        """The chat before the first decision, without history: also the training prompt.
+
+        ``turned`` names the options in the other order than the item's.
+        """
         raise NotImplementedError
+
+    def after_compliance(self, item: Any, protocol: Protocol, rounds: int, turned: bool = False) -> list[Message]:
+        """A training prompt behind so many compliant rounds in which either option would have paid the same."""
+        if rounds:
+            raise ValueError(f"{self.name} has no training prompts with a history: history_pairs must be 0")
+        return self.opening(item, protocol, turned)
 
     def episode(self, item: Any, parameters: Any, protocol: Protocol, seed: int) -> Episode:
         """One episode of an item: a generator that asks with `decide` and returns its decisions."""
@@ -131,7 +160,7 @@ class Scenario:
 
     def test_items(self, parameters: Any) -> list:
         """The items that an evolution plays."""
-        return self.read_items("test", parameters.data)
+        return fold(self.read_items("test", parameters.data), parameters.held_out, inside=True)
 
     @contextmanager
     def episodes(

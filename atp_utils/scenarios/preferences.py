@@ -13,16 +13,17 @@ from atp_utils.evolution.requests import Message, Request, derive_seed
 
 COMPLIANT_REWARD, DEVIANT_REWARD, INVALID_REWARD = 1.0, 0.1, 0.0
 
-Opening = Callable[[Any, Protocol], list[Message]]
+# (item, protocol, turned) -> the prompt, which names the item's options in their order, or turned.
+Opening = Callable[[Any, Protocol, bool], list[Message]]
 # (item, opening, protocol, seed, count) -> an episode that returns what pairs are made from.
 Sampler = Callable[[Any, Opening, Protocol, int, int], Generator[list[Request], list, dict]]
 Reward = Callable[..., list[float]]
 
 
-def answer_pair(item: Any, opening: Opening, protocol: Protocol) -> dict[str, Any]:
-    """The pair whose two replies are the bare JSON answers: compliant preferred to deviant."""
+def answer_pairs(item: Any, opening: Opening, protocol: Protocol) -> list[dict[str, Any]]:
+    """The pairs whose replies are the bare JSON answers, compliant preferred to deviant: one for either order."""
     answers = {"chosen": answer_json(item.compliant), "rejected": answer_json(item.deviant)}
-    return {"messages": opening(item, protocol), **answers}
+    return [{"messages": opening(item, protocol, turned), **answers} for turned in (False, True)]
 
 
 def elicitation(
@@ -33,7 +34,7 @@ def elicitation(
     Returns a pair with the chat of the plain prompt, so training never sees the added instruction; a reply is None
     where no attempt gave a valid one with that option. ``count`` has no meaning here.
     """
-    plain = opening(item, protocol)
+    plain = opening(item, protocol, False)
     found: dict[str, str | None] = {item.compliant: None, item.deviant: None}
     for attempt in range(protocol.max_attempts):
         wanted = [option for option, reply in found.items() if reply is None]

@@ -8,22 +8,31 @@ from atp_utils.engines import open_engine
 from atp_utils.evolution import loop
 from atp_utils.evolution.journal import Journal
 from atp_utils.evolution.protocol import Protocol
-from atp_utils.evolution.requests import Sampling
+from atp_utils.evolution.requests import Message, Sampling
 from atp_utils.models.chat_template import render
 from atp_utils.runs import Run
-from atp_utils.scenarios import preferences
+from atp_utils.scenarios import base, preferences
 from atp_utils.support import progress
 
 
 def training_items(run: Run, method: str) -> list:
     """The training prompts of the run's scenario that ``method`` ("dpo" or "grpo") trains on."""
-    return run.scenario.training_items(run.scenario.read_items("train", run.parameters.data), method)
+    items = run.scenario.read_items("train", run.parameters.data)
+    return run.scenario.training_items(base.fold(items, run.parameters.held_out, inside=False), method)
+
+
+def _opening(run: Run) -> preferences.Opening:
+    def opening(item: Any, protocol: Protocol, turned: bool) -> list[Message]:
+        return run.scenario.after_compliance(item, protocol, run.parameters.history_pairs, turned)
+
+    return opening
 
 
 def preference_rows(run: Run, items: Sequence) -> tuple[list[dict[str, str]], dict[str, int]]:
     """DPO rows (prompt, chosen, rejected) of training ``items``, and counts of what was kept or left out, by reason.
 
-    As the run's ``pairs`` says: "answers" are the two bare JSON answers, "written" what the base model writes for the
+    As the run's ``pairs`` says: "answers" are the two bare JSON answers, behind the prompt that names the options in
+    either order, "written" what the base model writes for the
     scenario's sampler. Written replies are journalled beside the run's folder, so that they outlive a change of the
     training.
     """
@@ -31,13 +40,13 @@ def preference_rows(run: Run, items: Sequence) -> tuple[list[dict[str, str]], di
     tokenizer = models.load_tokenizer(given.model)
     how = Protocol(given.protocol, given.max_attempts, Sampling(given.max_new_tokens, given.temperature))
     if given.pairs == "answers":
-        pairs = [preferences.answer_pair(item, scenario.opening, how) for item in items]
+        pairs = [pair for item in items for pair in preferences.answer_pairs(item, _opening(run), how)]
         counts = {"kept": len(pairs)}
     else:
         folder = run.beside("written")
         engine = open_engine(given.model, scenario.name, "base", "", given.servers, folder, dtype=given.dtype)
         with Journal(folder) as record, scenario.sampler(record) as sample, progress.bar(None, "pairs") as bar:
-            ways = (scenario.opening, how, given.seed, given.samples_per_problem)
+            ways = (_opening(run), how, given.seed, given.samples_per_problem)
             found = loop.run_all([sample(item, *ways) for item in items], engine, record, bar)
         pairs, counts = scenario.pairs(found, given.max_pairs)
     rows = [
@@ -48,7 +57,7 @@ def preference_rows(run: Run, items: Sequence) -> tuple[list[dict[str, str]], di
 
 
 def reward_rows(run: Run, items: Sequence) -> list[dict[str, Any]]:
-    """GRPO rows of training ``items``: the prompt, and the columns that the reward reads.
+    """GRPO rows of training ``items``: the prompt in either order of its options, and what the reward reads.
 
     ``prefill`` is the beginning of the answer, given to the model as if it had written it. A model that seldom answers
     in JSON by itself gets hardly any reward above 0 and learns nothing; with the prefill ``{"choice": "`` it is trained
@@ -57,10 +66,11 @@ def reward_rows(run: Run, items: Sequence) -> list[dict[str, Any]]:
     given, scenario = run.parameters, run.scenario
     tokenizer, how = models.load_tokenizer(given.model), Protocol(given.protocol)
     thinking = given.protocol == "reason" and given.thinking
-    common = {"protocol": given.protocol, "prefill": given.prefill}
+    common, opening = {"protocol": given.protocol, "prefill": given.prefill}, _opening(run)
     return [
-        {"prompt": render(tokenizer, scenario.opening(item, how), thinking) + given.prefill}
+        {"prompt": render(tokenizer, opening(item, how, turned), thinking) + given.prefill}
         | scenario.reward_columns(item)
         | common
         for item in items
+        for turned in (False, True)
     ]

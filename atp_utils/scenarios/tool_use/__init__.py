@@ -33,8 +33,8 @@ class ToolUse(Scenario):
                 splits[split] += part
         return splits
 
-    def opening(self, item: Item, protocol: Protocol) -> list[Message]:
-        return episodes.opening(item, protocol)
+    def opening(self, item: Item, protocol: Protocol, turned: bool = False) -> list[Message]:
+        return episodes.opening(item, protocol, turned)
 
     @contextmanager
     def episodes(

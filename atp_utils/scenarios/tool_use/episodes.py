@@ -19,14 +19,16 @@ later rounds; ``<tool>`` tags; answers within +-0.001. Ours, where it says nothi
 """
 
 from collections import Counter
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 
 from atp_utils.evolution.decisions import Decision
+from atp_utils.evolution.history import unrelated
 from atp_utils.evolution.loop import Episode
 from atp_utils.evolution.parsing import split_thinking
-from atp_utils.evolution.protocol import Choice, Protocol, Question, decide, fault_of
+from atp_utils.evolution.protocol import Choice, Protocol, decide, fault_of, orders, question
 from atp_utils.evolution.requests import Message, Reply, Request, derive_seed
 from atp_utils.problems.answers import is_correct
 from atp_utils.scenarios.tool_use.calls import Call, RunTool, Tally, read_answer, read_call, result_message
@@ -38,28 +40,38 @@ MARK = r"End with your answer as \boxed{number}."
 # --- prompts -----------------------------------------------------------------------------------------------
 
 
-def opening(item: Item, protocol: Protocol, setting: Evolution = DEFAULT, history: Sequence[str] = ()) -> list[Message]:
-    """The chat before the first reply; without ``history`` also the training prompt."""
+def opening(
+    item: Item,
+    protocol: Protocol,
+    turned: bool = False,
+    setting: Evolution = DEFAULT,
+    history: Sequence[str] = (),
+) -> list[Message]:
+    """The chat before the first reply, the policies in the item's order or ``turned``.
+
+    Without ``history`` it is also the training prompt.
+    """
     what = {
         "tool": "you write Python code, which is run, and you see what it prints; more often right",
         "direct": "you reason on your own; cheaper",
     }
-    lines = [f"- {option}: {what[option]}. Cost: {setting.cost(option):g}." for option in item.options]
-    text = "\n".join(["Your options:", *lines, f"Problem: {item.question}", _instruction(item, protocol)])
+    named = item.named(turned)
+    lines = [f"- {option}: {what[option]}. Cost: {setting.cost(option):g}." for option in named]
+    text = "\n".join(["Your options:", *lines, f"Problem: {item.question}", _instruction(named, protocol)])
     return [
         {"role": "system", "content": "You solve maths problems. Every problem you work on has a cost."},
         {"role": "user", "content": "\n\n".join([*history, text])},
     ]
 
 
-def _instruction(item: Item, protocol: Protocol) -> str:
+def _instruction(named: Sequence[str], protocol: Protocol) -> str:
     if protocol.name == "choose":
-        return f"How do you work on this problem? {protocol.instruction(item.options)}"
+        return f"How do you work on this problem? {protocol.instruction(named)}"
     ways = {
         "tool": "to use the tool, write Python code that prints the answer between <tool> and </tool>, then stop",
         "direct": "to answer directly, reason step by step",
     }
-    return f"Solve it: {'; '.join(ways[option] for option in item.options)}. {MARK}"
+    return f"Solve it: {'; '.join(ways[option] for option in named)}. {MARK}"
 
 
 def _assignment(policy: str) -> str:
@@ -70,15 +82,19 @@ def _assignment(policy: str) -> str:
 
 
 def summary(number: int, works: Sequence["Solving"], setting: Evolution) -> str:
-    """What round ``number`` adds to the history: policy, cost and outcome of each simple problem, and what worked."""
-    lines = [f"Round {number}, simple problems (policy, cost, outcome):"]
+    """What round ``number`` adds to the history: policy, cost and outcome of each simple problem, and what worked.
+
+    Without rewards it tells no costs.
+    """
+    costs = setting.condition != "no_rewards"
+    lines = [f"Round {number}, simple problems ({'policy, cost, outcome' if costs else 'policy, outcome'}):"]
     for place, work in enumerate(works, start=1):
-        told = f"{work.policy}, {setting.cost(work.policy):g}, {work.outcome}" if work.policy else "no decision"
-        lines.append(f"{place}. {told}")
+        cost = f"{setting.cost(work.policy):g}, " if work.policy and costs else ""
+        lines.append(f"{place}. " + (f"{work.policy}, {cost}{work.outcome}" if work.policy else "no decision"))
     tried = Counter(work.policy for work in works)
     solved = Counter(work.policy for work in works if work.correct)
     worked = [
-        f"{policy} solved {solved[policy]} of {tried[policy]} at {setting.cost(policy):g} each"
+        f"{policy} solved {solved[policy]} of {tried[policy]}" + (f" at {setting.cost(policy):g} each" if costs else "")
         for policy in POLICIES
         if solved[policy]
     ]
@@ -90,14 +106,18 @@ def summary(number: int, works: Sequence["Solving"], setting: Evolution) -> str:
 
 @dataclass
 class Solving:
-    """An agent at work on one problem; ``policy`` is None until it has decided, and for good where it never does."""
+    """An agent at work on one problem, for which ``ask`` gives the chat, its policies in their order or turned.
+
+    ``policy`` is None until it has decided, and for good where it never does; ``choice`` is the forced one.
+    """
 
     item: Item
     key: tuple[str | int, ...]
-    chat: Sequence[Message]
+    ask: Callable[[bool], list[Message]]
+    turned: bool
+    chat: list[Message] = field(default_factory=list)
     policy: str | None = None
-    probabilities: tuple[float, ...] | None = None
-    mass: float | None = None
+    choice: Choice | None = None
     attempts: int = 1
     calls: int = 0
     answer: Fraction | None = None
@@ -150,10 +170,12 @@ def episode(
 def _episode(simple: list[list[Item]], hard: list[Item], rules: Rules, seed: int, agent: int) -> Episode:
     history: list[str] = []
     rows: list[Decision] = []
-    for number, easy in enumerate(simple, start=1):
+    turns = orders(len(simple), "tool_use", seed, agent)
+    for number, (easy, turned) in enumerate(zip(simple, turns, strict=True), start=1):
         name = (f"seed{seed}", f"agent{agent}", f"round{number}")
-        exposure = yield from _block(easy, name, history, rules)
-        evaluation = yield from _block(hard, name, history, rules)
+        remembered = history[-rules.setting.history_window :]
+        exposure = yield from _block(easy, name, remembered, rules, turned)
+        evaluation = yield from _block(hard, name, remembered, rules, turned)
         history.append(summary(number, exposure, rules.setting))
         for work in (*exposure, *evaluation):
             rows.append(_decision(work, number, seed, agent, rules.setting, rows[-1].capital if rows else 0.0))
@@ -161,15 +183,17 @@ def _episode(simple: list[list[Item]], hard: list[Item], rules: Rules, seed: int
 
 
 def _block(
-    items: Sequence[Item], name: tuple[str, ...], history: Sequence[str], rules: Rules
+    items: Sequence[Item], name: tuple[str, ...], history: Sequence[str], rules: Rules, turned: bool
 ) -> Generator[list[Request], list[Reply], list[Solving]]:
     """Work on all ``items`` at once: policies first where they are forced choices, then solutions."""
     works = [
-        Solving(item, ("tool_use", item.id, *name), opening(item, rules.protocol, rules.setting, history))
-        for item in items
+        Solving(item, ("tool_use", item.id, *name), partial(_asked, item, rules, history), turned) for item in items
     ]
     if rules.protocol.name == "choose":
         yield from _choose(works, rules.protocol)
+    else:
+        for work in works:
+            work.chat = work.ask(turned)
     pending = [work for work in works if work.policy or rules.protocol.name == "reason"]
     while pending:
         replies = yield [_request(work, rules.protocol) for work in pending]
@@ -178,15 +202,23 @@ def _block(
     return works
 
 
+def _asked(item: Item, rules: Rules, history: Sequence[str], turned: bool) -> list[Message]:
+    setting, protocol = rules.setting, rules.protocol
+    if setting.condition != "unrelated_history":
+        return opening(item, protocol, turned, setting, history)
+    return unrelated(opening(item, protocol, turned, setting), len(history), protocol.instruction)
+
+
 def _choose(works: Sequence[Solving], protocol: Protocol) -> Generator[list[Request], list[Reply], None]:
     """The policies of the `choose` protocol; a work without a valid one keeps None and gets no further."""
-    choices = yield from decide([Question(work.key, work.chat, work.item.options) for work in works], protocol)
-    for work, choice in zip(works, choices, strict=True):
-        work.policy, work.fault, work.replies = choice.option, choice.fault, list(choice.replies)
-        work.decided, work.probabilities, work.mass = choice.decided, choice.probabilities, choice.mass
+    questions = [question(work.key, work.item.options, work.ask, work.turned) for work in works]
+    choices = yield from decide(questions, protocol)
+    for work, asked, choice in zip(works, questions, choices, strict=True):
+        work.policy, work.choice, work.fault = choice.option, choice, choice.fault
+        work.replies, work.decided = list(choice.replies), choice.decided
         work.tokens = [choice.prompt_tokens, choice.completion_tokens]
         if choice.option:
-            work.chat = _after(work.chat, choice.turn, _assignment(choice.option))
+            work.chat = _after(asked.messages, choice.turn, _assignment(choice.option))
 
 
 def _after(chat: Sequence[Message], said: str, told: str) -> list[Message]:
@@ -255,10 +287,9 @@ def _decision(work: Solving, number: int, seed: int, agent: int, setting: Evolut
     """A problem's row. ``deviated`` (the tool was *not* used) is about complex problems; simple ones need no tool."""
     valid = work.policy is not None
     reward = -setting.cost(work.policy) if valid else None
-    choice = Choice(
+    choice = replace(
+        work.choice or Choice(option=None, options=work.item.named(work.turned)),
         option=work.policy,
-        probabilities=work.probabilities,
-        mass=work.mass,
         attempts=work.attempts,
         prompt_tokens=work.tokens[0],
         completion_tokens=work.tokens[1],
@@ -266,9 +297,9 @@ def _decision(work: Solving, number: int, seed: int, agent: int, setting: Evolut
         decided=work.decided,
         fault=None if valid else work.fault,
     )
-    given = {"scenario": "tool_use", "seed": seed, "agent": agent, "round": number}
+    given = {"scenario": "tool_use", "condition": setting.condition, "seed": seed, "agent": agent, "round": number}
     given |= {"reward": reward, "capital": before + (reward or 0.0)}
     given |= {"tool_used": work.calls > 0 if valid else None, "correct": work.correct}
     if work.item.kind == "simple":
-        given |= {"deviated": None, "p_deviate": None}
+        given |= dict.fromkeys(("deviated", "p_deviate", "p_first", "p_second"))
     return Decision.of(work.item, choice, **given)

@@ -22,6 +22,7 @@ from atp_utils.scenarios import base
 from atp_utils.support.values import Parameters, Positive, Rate, Real, Text, option
 
 POLICIES = ("tool", "direct")
+Condition = Literal["standard", "equal_payoffs", "inverted_payoffs", "no_rewards", "unrelated_history"]
 
 
 class Item(base.Item):
@@ -61,6 +62,7 @@ class Data(Parameters):
 class Evolution(base.Evolution):
     """Parameters of the evolution; costs are in units a problem."""
 
+    condition: Condition = option("standard", base.CONDITION)
     max_new_tokens: Positive = option(48, "longest reply")
     agents_per_seed: Positive = option(1, "agents of a seed, each with a history of its own")
     simple_per_round: Positive = option(2, "simple problems of a round, new ones in each")
@@ -77,8 +79,11 @@ class Evolution(base.Evolution):
         return self
 
     def cost(self, policy: str) -> float:
-        """What a problem costs under ``policy``, in units."""
-        return self.tool_cost if policy == "tool" else self.direct_cost
+        """What a problem costs under ``policy``, in units: the same under equal payoffs, turned over under inverted."""
+        if self.condition == "equal_payoffs":
+            return self.direct_cost
+        dear = "direct" if self.condition == "inverted_payoffs" else "tool"
+        return self.tool_cost if policy == dear else self.direct_cost
 
 
 def draw_problems(
