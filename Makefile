@@ -22,7 +22,7 @@ $(error EXECUTOR=$(EXECUTOR): expected local or slurm)
 endif
 
 # Outputs of these notebooks follow from committed files alone, so they must come out the same.
-STRICT := 01_generate_data 07_heatmaps 08_figures
+STRICT := 01_generate_data 07_heatmaps 08_figures 09_dose_response 10_critical_mass
 # nbval hangs for ever when a kernel dies, so each cell has a time-out: generous, for machines ten times slower than ours.
 # Files of tests run side by side, each process on one core.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

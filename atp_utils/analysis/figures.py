@@ -5,90 +5,24 @@ without figures of its own gets `rounds`.
 """
 
 import math
-import textwrap
-from collections.abc import Callable
-from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from atp_utils import ROOT, resolve, shown
 from atp_utils.analysis import plots, stats, tables, tipping, tool_use_tables
-from atp_utils.analysis.stats import ARMS
-from atp_utils.support import folders
-from atp_utils.support.files import as_folder
+from atp_utils.analysis.drawing import about, arms_of, figure_of, grid
 
 CASE = "information_sharing"  # the game of the paper's case study
 ACROSS = 4  # panels side by side, at most
-Draws = Callable[[pd.DataFrame], Figure | None]
-FIGURES: dict[str, Draws] = {}
-OF: dict[str, list[str]] = {}  # scenario -> its figures
-
-
-def figure_of(scenario: str) -> Callable[[Draws], Draws]:
-    """Register the decorated function, by its name, as a figure of a scenario; "" for any that has none."""
-
-    def register(function: Draws) -> Draws:
-        FIGURES[function.__name__] = function
-        OF.setdefault(scenario, []).append(function.__name__)
-        return function
-
-    return register
-
-
-def of(scenario: str) -> list[str]:
-    """Names of a scenario's figures."""
-    return OF.get(scenario, OF[""])
-
-
-def claim(folder: str | Path, results: str | Path, *, overwrite: bool = False) -> Path:
-    """The folder for figures of ``results``; one that holds figures of others is refused as `folders.claim` does."""
-    source = resolve(results)
-    name = shown(source) if source.is_relative_to(ROOT) else str(source)
-    return folders.claim(folder, {"figures of": name}, overwrite=overwrite, name="figures")
-
-
-def draw(decisions: pd.DataFrame, name: str, folder: str | Path) -> list[str]:
-    """Draw figure ``name`` of `FIGURES` for every model, into ``<name>_<model>.png`` and ``.svg``; returns the paths.
-
-    ``decisions`` are of the figure's scenario. Figures stay open, for a notebook to show at the end of its cell.
-    """
-    drawn = []
-    for model, rows in decisions.groupby("model", observed=True):
-        figure = FIGURES[name](rows)
-        if figure is not None:
-            drawn += plots.save(figure, folder, f"{name}_{as_folder(model)}")
-    return drawn
-
-
-def _grid(title: str, rows: int, columns: int, width: float, height: float, **sharing) -> tuple[Figure, np.ndarray]:
-    """A figure of panels of ``width`` x ``height`` inches under a title that is broken where it is too long."""
-    across = max(columns * width, 4)
-    # Model names can be paths, with dollar signs, and longer than a panel.
-    lines = textwrap.wrap(title, int(9.5 * across), break_on_hyphens=False)
-    size = (across, rows * height + 0.2 + 0.25 * len(lines))
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **sharing)
-    figure.suptitle("\n".join(lines), parse_math=False, fontsize="large")
-    return figure, axes
-
-
-def _about(decisions: pd.DataFrame, title: str) -> str:
-    warning = stats.low_mass(decisions)
-    return f"{title}: {decisions['model'].iloc[0]}{f' ({warning})' if warning else ''}"
-
-
-def _arms(decisions: pd.DataFrame) -> list[str]:
-    return [arm for arm in ARMS if arm in set(decisions["arm"])]
 
 
 @figure_of("")
 def rounds(decisions: pd.DataFrame) -> Figure:
     """Deviation rate and, where recorded, mean P(deviate) by round."""
     ours = _ours(decisions)
-    figure, axes = _grid(_about(decisions, "Deviations"), 1, len(ours), 3.6, 3.3, sharey=True)
+    figure, axes = grid(about(decisions, "Deviations"), 1, len(ours), 3.6, 3.3, sharey=True)
     _draw_ours(axes[0], decisions, ours, "deviation rate (%)")
     return figure
 
@@ -110,8 +44,8 @@ def role_play(decisions: pd.DataFrame) -> Figure:
     """Violation rate and, where recorded, mean P(deviate) by round; the paper's Table 1 beside them, dashed."""
     ours = _ours(decisions)
     published = dict(list(tables.paper_table1().groupby("model", sort=False)))
-    title = _about(decisions, "Rule violations")
-    figure, axes = _grid(title, 1, len(ours) + len(published), 3.6, 3.3, sharey=True)
+    title = about(decisions, "Rule violations")
+    figure, axes = grid(title, 1, len(ours) + len(published), 3.6, 3.3, sharey=True)
     _draw_ours(axes[0], decisions, ours, "violation rate (%)")
     for ax, (model, rates) in zip(axes[0, len(ours) :], published.items(), strict=True):
         plots.round_curves(ax, rates, title=f"{model} (paper)", label="", dashed=True)
@@ -122,10 +56,10 @@ def role_play(decisions: pd.DataFrame) -> Figure:
 def role_play_environments(decisions: pd.DataFrame) -> Figure | None:
     """P(deviate) of each environment, first round against last, a panel an arm; None without two rounds of it."""
     known = decisions[decisions["p_deviate"].notna()]
-    arms = [arm for arm in _arms(known) if known.loc[known["arm"] == arm, "round"].nunique() > 1]
+    arms = [arm for arm in arms_of(known) if known.loc[known["arm"] == arm, "round"].nunique() > 1]
     if not arms:
         return None
-    figure, axes = _grid(_about(decisions, "Environments"), 1, len(arms), 3.6, 4.1 if len(arms) == 1 else 3.8)
+    figure, axes = grid(about(decisions, "Environments"), 1, len(arms), 3.6, 4.1 if len(arms) == 1 else 3.8)
     for ax, arm in zip(axes[0], arms, strict=True):
         plots.first_last(ax, known[known["arm"] == arm], title=plots.NAMES[arm])
     return figure
@@ -137,7 +71,7 @@ def tool_use(decisions: pd.DataFrame) -> Figure:
     measures = ["tool usage", "accuracy"] + ["P(tool)"] * bool(decisions["p_deviate"].notna().any())
     paper = tool_use_tables.paper_table2()
     published = {"tool usage": paper.assign(rate=paper["usage"]), "accuracy": paper.assign(rate=paper["accuracy"])}
-    figure, axes = _grid(_about(decisions, "Complex problems"), 2, len(measures), 4.0, 3.1)
+    figure, axes = grid(about(decisions, "Complex problems"), 2, len(measures), 4.0, 3.1)
     for (ours, theirs), measure in zip(axes.T, measures, strict=True):
         plots.round_curves(ours, tool_use_tables.rates(decisions, measure), title=measure, label="%")
         if measure in published:
@@ -156,8 +90,8 @@ def collusion(decisions: pd.DataFrame) -> Figure:
     rates = stats.rate_table(own, by=("model", "arm", "threshold", "round"))
     thresholds = sorted(own["threshold"].unique())
     columns = min(len(thresholds), ACROSS)
-    title = _about(decisions, f"Collusion at incentive ratio {ratio:g}")
-    figure, axes = _grid(title, math.ceil(len(thresholds) / columns), columns, 3.3, 3.2, sharey=True)
+    title = about(decisions, f"Collusion at incentive ratio {ratio:g}")
+    figure, axes = grid(title, math.ceil(len(thresholds) / columns), columns, 3.3, 3.2, sharey=True)
     for place, ax in enumerate(axes.flat):
         if place < len(thresholds):
             part = rates[rates["threshold"] == thresholds[place]]
@@ -172,22 +106,22 @@ def collusion(decisions: pd.DataFrame) -> Figure:
 def recollusion(decisions: pd.DataFrame) -> Figure | None:
     """Figure 4: P(collude in round 2 | round 1 succeeded) by threshold and incentive; None without a round 2."""
     cells = tipping.recollusion_table(decisions)
-    arms = _arms(cells)
+    arms = arms_of(cells)
     if not arms:
         return None
-    title = _about(decisions, "P(collude in round 2 | success in round 1)")
-    figure, axes = _grid(title, 1, len(arms), *_cell_size(cells))
+    title = about(decisions, "P(collude in round 2 | success in round 1)")
+    figure, axes = grid(title, 1, len(arms), *_cell_size(cells))
     for ax, arm in zip(axes[0], arms, strict=True):
         plots.heatmap(ax, cells[cells["arm"] == arm], title=plots.NAMES[arm], colour_bar=arm == arms[-1])
     return figure
 
 
 @figure_of("collusion")
-def collusion_grid(decisions: pd.DataFrame) -> Figure:
+def collusiongrid(decisions: pd.DataFrame) -> Figure:
     """Figure 6: collusion rate by threshold and incentive, a row an arm, a column a round."""
     cells = stats.rate_table(decisions, by=("model", "arm", "threshold", "incentive_ratio", "round"))
-    arms, rounds = _arms(cells), sorted(cells["round"].unique())
-    figure, axes = _grid(_about(decisions, "Collusion rate"), len(arms), len(rounds), *_cell_size(cells))
+    arms, rounds = arms_of(cells), sorted(cells["round"].unique())
+    figure, axes = grid(about(decisions, "Collusion rate"), len(arms), len(rounds), *_cell_size(cells))
     for row, arm in zip(axes, arms, strict=True):
         for ax, number in zip(row, rounds, strict=True):
             part = cells[(cells["arm"] == arm) & (cells["round"] == number)]
@@ -216,7 +150,7 @@ def case_study(decisions: pd.DataFrame) -> Figure | None:
     if case.empty:
         return None
     rounds, agents = case["round"].nunique(), case["agent"].nunique()
-    figure, [[ax]] = _grid(_about(decisions, "Case study"), 1, 1, max(5.5, 1.5 * rounds + 1), 0.42 * agents + 1)
+    figure, [[ax]] = grid(about(decisions, "Case study"), 1, 1, max(5.5, 1.5 * rounds + 1), 0.42 * agents + 1)
     first = case.iloc[0]
     plots.trace(ax, case, title=f"{plots.NAMES[first['arm']]}, seed {first['seed']}\n{first['item']}")
     return figure

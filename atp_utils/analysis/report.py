@@ -2,13 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 
 from atp_utils import resolve, shown
-from atp_utils.analysis import positions, stats, tables, tool_use_tables
+from atp_utils.analysis import dose_response, positions, stats, tables, tool_use_tables
 from atp_utils.evolution import journal
 
 Tables = tuple[tuple[str, Callable[[pd.DataFrame], pd.DataFrame]], ...]
@@ -18,6 +18,11 @@ def _violations(decisions: pd.DataFrame) -> pd.DataFrame:
     return stats.round_columns(stats.rate_table(decisions))
 
 
+PRIMARY = "Primary contrast: last round minus first under the standard payoffs, less that under equal ones, points"
+PLACES = "P(deviate) by the place of the deviant option, and the probability of both answers, %"
+CONDITIONS = "P(deviate) by condition, first and last round, %, and changes in points"
+SLOPES = "log-odds of deviating by written history (GEE over environments)"
+MASS = "start, fixed points, and where groups of 8 end from nobody and from all, %"
 DRIFT = "Last round minus first, percentage points"
 # The tables of a scenario; "" has those of any other.
 TABLES: dict[str, Tables] = {
@@ -31,39 +36,51 @@ TABLES: dict[str, Tables] = {
 }
 
 
+def _parts(decisions: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Titles and tables of all that a run holds: the primary contrast first."""
+    yield PRIMARY, tables.contrast(decisions)
+    for name, rows in decisions.groupby("scenario", sort=False):
+        own = stats.standard(rows)
+        for title, tabled in TABLES.get(name, TABLES[""]) if len(own) else ():
+            yield f"{name}: {title}", tabled(own)
+        if own["p_first"].notna().any():
+            yield f"{name}: {PLACES}", positions.position_table(own)
+        if rows["condition"].nunique() > 1:
+            yield f"{name}: {CONDITIONS}", tables.conditions(rows)
+    if len(doses := dose_response.written(decisions)):
+        yield f"role_play: {SLOPES}", tables.slopes(doses)
+    if len(written := dose_response.written(decisions, "collusion")):
+        yield f"collusion: {MASS}", tables.dynamics(written)
+
+
 def report(run: Path) -> str:
     """Text of the report: every scenario's tables, then the paths of figures and executed notebooks."""
-    decisions, replies = journal.read_decisions(run / "evolution"), journal.read_replies(run / "evolution")
+    decisions = journal.read_decisions(run / "evolution")
     parts = []
     for name, rows in decisions.groupby("scenario", sort=False):
         parts += [f"{name}: {warning}"] if (warning := stats.low_mass(rows)) else []
-        for title, tabled in TABLES.get(name, TABLES[""]):
-            parts += [f"{name}: {title}", tabled(rows).to_string()]
-        if rows["p_deviate"].notna().any():
-            title = f"{name}: P(deviate) by the place of the deviant option, and the probability of both answers, %"
-            parts += [title, positions.position_table(rows, replies).to_string()]
+    for title, table in _parts(decisions):
+        parts += [title, table.to_string()]
     paths = sorted([*(run / "figures").glob("*.png"), *(run / "notebooks").glob("*.ipynb")])
     return "\n".join([*parts, "Figures and executed notebooks:", *(f"  {shown(path)}" for path in paths)])
 
 
 def readme_tables(results: Path) -> dict[str, str]:
     """The README's result tables in Markdown by name, from a results folder; a test holds the README against them."""
-    decisions, replies = journal.read_decisions(results), journal.read_replies(results)
+    decisions = journal.read_decisions(results)
     role_play, problems, games = (
         decisions[decisions["scenario"] == name] for name in ("role_play", "tool_use", "collusion")
     )
-    rates = _violations(role_play).join(tables.drift(role_play).add_prefix("drift, "))
-    inner = [f"r={number}" for number in sorted(role_play["round"].unique())[1:-1]]
-    table2 = tool_use_tables.table2(problems)
+    table2 = tool_use_tables.table2(stats.standard(problems))
     main = table2.index.get_level_values("measure").isin(tool_use_tables.MAIN)
     ours = {
-        "role-play": rates.drop(columns=inner),
-        "role-play, position": positions.position_table(role_play, replies),
+        "primary contrast": tables.contrast(decisions),
+        "role-play": _violations(stats.standard(role_play)),
+        "conditions": tables.conditions(role_play).droplevel("scenario"),
+        "slopes": tables.slopes(dose_response.written(role_play)),
         "tool use": table2[main],
-        "tool use, drift": tool_use_tables.drift_columns(problems),
-        "tool use, position": positions.position_table(problems, replies),
-        "collusion": tables.collusion(games),
-        "collusion, position": positions.position_table(games, replies),
+        "collusion": tables.collusion(stats.standard(games)),
+        "critical mass": tables.dynamics(dose_response.written(games, "collusion")),
     }
     paper = {"role-play, paper": tables.paper_columns(), "tool use, paper": tool_use_tables.paper_columns()}
     if decisions["model"].nunique() == 1:

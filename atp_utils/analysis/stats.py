@@ -30,27 +30,41 @@ def interval(
     (Clopper-Pearson) interval with units as trials. No interval, (nan, nan), for fewer than two units of a kind, and
     where nothing varies.
     """
+    rate, error, freedom = estimate(values, *units, weights=weights)
+    y = np.asarray(values, dtype=float)
+    if freedom < 1:
+        return float("nan"), float("nan")
+    if proportion and (np.allclose(y, 0) or np.allclose(y, 1 if weights is None else weights)):
+        exact = binomtest(freedom + 1 if y.any() else 0, freedom + 1).proportion_ci(LEVEL)
+        return float(exact.low), float(exact.high)
+    if error == 0:
+        return float("nan"), float("nan")
+    half = t.ppf(0.5 + LEVEL / 2, freedom) * error
+    if not proportion:
+        return rate - half, rate + half
+    middle, half = logit(rate), half / (rate * (1 - rate))
+    return float(expit(middle - half)), float(expit(middle + half))
+
+
+def estimate(
+    values: Sequence[float], *units: Sequence[Any], weights: Sequence[float] | None = None
+) -> tuple[float, float, int]:
+    """``sum(values) / sum(weights)``, its standard error over ``units`` (`interval`), and its degrees of freedom.
+
+    Where nothing varies the error is 0; where there are fewer than two units of a kind it is NaN, and freedom below 1.
+    """
     y = np.asarray(values, dtype=float)
     x = np.ones(len(y)) if weights is None else np.asarray(weights, dtype=float)
     codes = [pd.factorize(pd.Series(list(kind), dtype=object))[0] for kind in units]
     fewest = min((len(set(kind)) for kind in codes), default=0)
+    rate = float(y.sum() / x.sum()) if len(y) else float("nan")
     if fewest < 2:
-        return float("nan"), float("nan")
-    if proportion and (np.allclose(y, 0) or np.allclose(y, x)):
-        exact = binomtest(fewest if y.any() else 0, fewest).proportion_ci(LEVEL)
-        return float(exact.low), float(exact.high)
-    rate = y.sum() / x.sum()
+        return rate, float("nan"), fewest - 1
     residuals = (y - rate * x) / x.sum()
     each = [_variance(kind, residuals) for kind in codes]
     crossed = _variance(pd.factorize(pd.MultiIndex.from_arrays(codes))[0], residuals) if len(codes) > 1 else 0.0
     variance = max(sum(each) - crossed, *each, 0.0)
-    if np.isclose(variance, 0, atol=1e-18):
-        return float("nan"), float("nan")
-    half = t.ppf(0.5 + LEVEL / 2, fewest - 1) * np.sqrt(variance)
-    if not proportion:
-        return float(rate - half), float(rate + half)
-    middle, half = logit(rate), half / (rate * (1 - rate))
-    return float(expit(middle - half)), float(expit(middle + half))
+    return rate, 0.0 if np.isclose(variance, 0, atol=1e-18) else float(np.sqrt(variance)), fewest - 1
 
 
 def _variance(codes: np.ndarray, residuals: np.ndarray) -> float:
@@ -79,13 +93,13 @@ def rate_table(
     return pd.DataFrame(rows, columns=[*by, "n", "invalid", "rate", "low", "high"])
 
 
-def low_mass(decisions: pd.DataFrame) -> str:
-    """A warning where P(deviate) rests on answers with a mean probability below `LEAST_MASS`, by arm and round; or "".
+def standard(decisions: pd.DataFrame) -> pd.DataFrame:
+    """The decisions of the paper's own condition."""
+    return decisions[decisions["condition"] == "standard"]
 
-    Decisions that were made before it was recorded have none.
-    """
-    if "mass" not in decisions:
-        return ""
+
+def low_mass(decisions: pd.DataFrame) -> str:
+    """Where P(deviate) rests on answers with a mean probability below `LEAST_MASS`: arms and rounds, or ""."""
     means = decisions.groupby(["arm", "round"], observed=True)["mass"].mean().astype(float)
     low = means[means < LEAST_MASS].reset_index()
     parts = [f"{arm} r={', '.join(map(str, rows['round']))}" for arm, rows in low.groupby("arm")]
@@ -100,13 +114,20 @@ def drift_table(
     This is the change that the paper reads off Table 1: positive means more violations after experience than before
     it. Columns: model, arm, drift, low, high; NaN where an arm has one round only or no unit with both.
     """
-    keys, rows = ["model", "arm"], []
-    for key, group in decisions.groupby(keys, sort=True, observed=True):
-        means = _unit_means(group, value, "round", units)
-        first, last = group["round"].min(), group["round"].max()
-        known = first < last and {first, last} <= set(means.columns)
-        rows.append((*key, *_mean_change(means[last] - means[first] if known else means.iloc[:0].sum(axis=1))))
+    keys = ["model", "arm"]
+    rows = [
+        (*key, *_mean_change(unit_changes(group, value, units)))
+        for key, group in decisions.groupby(keys, sort=True, observed=True)
+    ]
     return pd.DataFrame(rows, columns=[*keys, "drift", "low", "high"])
+
+
+def unit_changes(decisions: pd.DataFrame, value: str, units: Sequence[str] = ("environment",)) -> pd.Series:
+    """Last round's mean minus the first's of each unit that has both; empty with one round only."""
+    means = _unit_means(decisions, value, "round", units)
+    first, last = decisions["round"].min(), decisions["round"].max()
+    known = len(decisions) > 0 and first < last and {first, last} <= set(means.columns)
+    return (means[last] - means[first] if known else means.iloc[:0].sum(axis=1)).dropna()
 
 
 def benefit_table(
@@ -137,9 +158,13 @@ def _unit_means(decisions: pd.DataFrame, value: str, key: str, units: Sequence[s
 def _mean_change(changes: pd.Series) -> tuple[float, float, float]:
     """Mean of the changes that are known, with its interval over the units that index them, within [-1, 1]."""
     known = changes.dropna()
-    units = [known.index.get_level_values(level) for level in range(known.index.nlevels)]
-    ends = interval(known, *units, proportion=False)
+    ends = interval(known, *levels(known), proportion=False)
     return float(known.mean()), *(float(np.clip(end, -1, 1)) for end in ends)
+
+
+def levels(changes: pd.Series) -> list[pd.Index]:
+    """The kinds of units that index ``changes``."""
+    return [changes.index.get_level_values(level) for level in range(changes.index.nlevels)]
 
 
 def percent(rate: float, low: float | None = None, high: float | None = None) -> str:

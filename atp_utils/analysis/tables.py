@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from atp_utils import resolve
-from atp_utils.analysis import stats
+from atp_utils.analysis import critical_mass, dose_response, stats, verdicts
 
 PAPER = Path("data/paper")
 
@@ -19,6 +19,61 @@ def paper_table1() -> pd.DataFrame:
 def paper_columns() -> pd.DataFrame:
     """The published Table 1 in the paper's layout, in percent."""
     return stats.by_round(paper_table1(), ["model", "arm"], "rate").mul(100).round(1)
+
+
+def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
+    """The primary contrast of `verdicts.contrast` in percentage points, with Holm's p and the verdict."""
+    table = verdicts.contrast(decisions)
+    columns = {
+        "drift, standard": [stats.percent(value) for value in table["standard"]],
+        "drift, equal payoffs": [stats.percent(value) for value in table["control"]],
+        "contrast [95 %]": _cells(table, "contrast", "low", "high"),
+        "p (Holm)": ["–" if pd.isna(p) else f"{p:.2g}" for p in table["p"]],
+        "least mass %": [stats.percent(mass) for mass in table["mass"].astype(float)],
+        "verdict": table["verdict"].to_list(),
+    }
+    return pd.DataFrame(columns, index=pd.MultiIndex.from_frame(table[verdicts.KEYS]))
+
+
+def conditions(decisions: pd.DataFrame) -> pd.DataFrame:
+    """Every condition's first and last round, its change, and that against the standard condition's, in percent."""
+    table = verdicts.conditions(decisions)
+    columns = {
+        "first": [stats.percent(value) for value in table["first"]],
+        "last": [stats.percent(value) for value in table["last"]],
+        "drift [95 %]": _cells(table, "drift", "low", "high"),
+        "against standard [95 %]": _cells(table, "against", "against_low", "against_high"),
+    }
+    return pd.DataFrame(columns, index=pd.MultiIndex.from_frame(table[[*verdicts.KEYS, "condition"]]))
+
+
+def erosion(decisions: pd.DataFrame) -> pd.DataFrame:
+    """Share of the alignment gain that is lost by the last round, in percent; no interval: the gain can't be told."""
+    table = verdicts.erosion(decisions)
+    index = pd.MultiIndex.from_frame(table[verdicts.KEYS])
+    return pd.DataFrame({"gain lost % [95 %]": _cells(table, "erosion", "low", "high")}, index=index)
+
+
+def slopes(decisions: pd.DataFrame) -> pd.DataFrame:
+    """`dose_response.slopes`: log-odds a round, a row a model, arm and teller, a column a term."""
+    table = dose_response.slopes(decisions)
+    cells = [
+        f"{row.slope:z.2f}" if pd.isna(row.low) else f"{row.slope:z.2f} [{row.low:z.2f}, {row.high:z.2f}]"
+        for row in table.itertuples()
+    ]
+    wide = table.assign(cell=cells).pivot(index=[*dose_response.KEYS, "told"], columns="term", values="cell")
+    return wide.reindex(columns=[term for term in dose_response.TERMS if term in wide]).rename_axis(columns=None)
+
+
+def dynamics(decisions: pd.DataFrame) -> pd.DataFrame:
+    """`critical_mass.dynamics` of the written rounds, shares in percent where they are numbers."""
+    table = critical_mass.dynamics(critical_mass.response(decisions)).set_index(critical_mass.KEYS)
+    shares = ["start", "from_none", "from_all"]
+    return table.assign(**{name: (100 * table[name].astype(float)).round(1) for name in shares})
+
+
+def _cells(table: pd.DataFrame, *columns: str) -> list[str]:
+    return [stats.percent(*row) for row in table[list(columns)].itertuples(index=False)]
 
 
 def drift(decisions: pd.DataFrame) -> pd.DataFrame:
@@ -39,7 +94,7 @@ def _changes(decisions: pd.DataFrame, table, name: str) -> pd.DataFrame:
 
 
 def _points(table: pd.DataFrame, column: str) -> pd.Series:
-    cells = [stats.percent(*row) for row in table[[column, "low", "high"]].itertuples(index=False)]
+    cells = _cells(table, column, "low", "high")
     return pd.Series(cells, index=pd.MultiIndex.from_frame(table[["model", "arm"]]), dtype=object)
 
 

@@ -1,0 +1,200 @@
+"""Figures of what could look like tipping, of dose and response, and of critical mass; notebooks 9 and 10."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from atp_utils.analysis import critical_mass, dose_response, plots, verdicts
+from atp_utils.analysis.drawing import about, arms_of, figure_of, grid
+
+PLACES = {"none": -2.0, "unrelated": -1.0}
+RATIO_COLOURS = ("#999999", "#CC79A7", "#0072B2", "#D55E00", "#009E73")
+SIZES = (8, 100, 10_000, 1_000_000)
+
+
+@figure_of("role_play", all_conditions=True)
+def conditions(decisions: pd.DataFrame) -> Figure | None:
+    """Change of P(deviate) from the first round to the last, a line a condition and a panel an arm."""
+    table = verdicts.conditions(decisions)
+    table = table[table["drift"].notna()]
+    arms = arms_of(table)
+    if not arms:
+        return None
+    names = list(dict.fromkeys(table["condition"]))
+    size = (4.2, 0.34 * len(names) + 1.3)
+    figure, axes = grid(about(decisions, "Last round minus first"), 1, len(arms), *size, sharex=True, sharey=True)
+    for ax, arm in zip(axes[0], arms, strict=True):
+        rows = table[table["arm"] == arm].set_index("condition").reindex(names)
+        colour, marker = plots.STYLES[arm]
+        points = 100 * rows[["drift", "low", "high"]]
+        ax.axvline(0, color="0.6", linewidth=1)
+        ax.hlines(range(len(names)), points["low"], points["high"], color=colour, alpha=0.5, linewidth=3)
+        ax.plot(points["drift"], range(len(names)), color=colour, marker=marker, linestyle="")
+        ax.set(title=plots.NAMES[arm], xlabel="percentage points", ylim=(len(names) - 0.5, -0.5))
+        ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    return figure
+
+
+@figure_of("role_play", all_conditions=True)
+def survival(decisions: pd.DataFrame) -> Figure | None:
+    """Share of the agents that complied in round 1 and never deviated since, by condition, a panel an arm."""
+    table = verdicts.time_to_tip(decisions)
+    table = table[table["condition"].isin([verdicts.STANDARD, verdicts.CONTROL])]
+    arms = arms_of(table)
+    if not arms or table["round"].nunique() < 2:
+        return None
+    figure, axes = grid(about(decisions, "Still compliant"), 1, len(arms), 3.6, 3.3, sharey=True)
+    for ax, arm in zip(axes[0], arms, strict=True):
+        for (name, rows), colour in zip(
+            table[table["arm"] == arm].groupby("condition"), ("#D55E00", "#0072B2"), strict=False
+        ):
+            label = name.replace("_", " ")
+            ax.step(rows["round"], 100 * rows["rate"], where="post", color=colour, label=label)
+            low, high = 100 * rows["low"], 100 * rows["high"]
+            ax.fill_between(rows["round"], low, high, step="post", color=colour, alpha=0.12, linewidth=0)
+        ax.set(
+            title=plots.NAMES[arm], xlabel="round", ylabel="%", ylim=(-3, 103), xticks=sorted(table["round"].unique())
+        )
+        ax.legend(loc="lower left", frameon=True)
+    return figure
+
+
+@figure_of("role_play", all_conditions=True)
+def dose(decisions: pd.DataFrame) -> Figure | None:
+    """P(deviate) against deviations in a written history, a line a payoff ratio, a panel an arm; 95 % intervals."""
+    rows = dose_response.written(decisions)
+    arms = arms_of(rows)
+    if not arms:
+        return None
+    table = dose_response.doses(rows)
+    most = int(table["past_deviant"].max())
+    figure, axes = grid(about(rows, "Dose and response"), 1, len(arms), 4.6, 3.9, sharey=True)
+    for ax, arm in zip(axes[0], arms, strict=True):
+        _doses(ax, table[table["arm"] == arm])
+        ticks = [*(PLACES[name] for name in PLACES if name in set(table["told"])), *range(most + 1)]
+        names = {value: name.replace("unrelated", "un-\nrelated") for name, value in PLACES.items()}
+        ax.set_xticks(ticks, [names.get(tick, str(tick)) for tick in ticks])
+        ax.set(title=plots.NAMES[arm], xlabel=f"deviations in {most} written rounds", ylim=(-3, 103))
+        ax.set_ylabel("P(deviate), %" if arm == arms[0] else "")
+    axes[0, -1].legend(title="deviating pays", loc="best", frameon=True, fontsize="small")
+    return figure
+
+
+def _doses(ax: Axes, table: pd.DataFrame) -> None:
+    ratios = sorted(table["payoff_ratio"].unique())
+    for place, ratio in enumerate(ratios):
+        colour = RATIO_COLOURS[place % len(RATIO_COLOURS)]
+        shift = 0.06 * (place - (len(ratios) - 1) / 2)
+        for told, rows in table[table["payoff_ratio"] == ratio].groupby("told"):
+            x = rows["past_deviant"].astype(float) + PLACES.get(told, 0.0) + shift
+            ends = 100 * rows["low"], 100 * rows["high"]
+            style = {"own": "-", "other": "--"}.get(told, "")
+            label = f"{ratio:g} times as much{', told of another' if told == 'other' else ''}"
+            ax.vlines(x, *ends, color=colour, alpha=0.4)
+            ax.plot(
+                x, 100 * rows["rate"], color=colour, marker="o" if told != "other" else "s", linestyle=style,
+                label=label if told in ("own", "other") else None,
+            )  # fmt: skip
+
+
+@figure_of("collusion", all_conditions=True)
+def response(decisions: pd.DataFrame) -> Figure | None:
+    """P(collude) by how many others did, for agents that had colluded or not; the map of shares and its fixed points.
+
+    A row an arm, a column a threshold, at the incentive ratio nearest to 1.
+    """
+    table = _responses(decisions)
+    arms, thresholds = arms_of(table), sorted(table["threshold"].unique())
+    if not arms:
+        return None
+    title = about(decisions, "Response to others")
+    figure, axes = grid(title, len(arms), len(thresholds), 3.4, 3.2, sharex=True, sharey=True)
+    for row, arm in zip(axes, arms, strict=True):
+        for ax, threshold in zip(row, thresholds, strict=True):
+            own = table[(table["arm"] == arm) & (table["threshold"] == threshold)]
+            if len(own):
+                _response(ax, own)
+            ax.set(title=f"{plots.NAMES[arm]}, k = {threshold}", xlim=(-0.02, 1.02), ylim=(-3, 103))
+    for ax in axes[-1]:
+        ax.set_xlabel("share that colluded")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("P(collude), %")
+    axes[0, 0].legend(loc="best", frameon=True, fontsize="small")
+    return figure
+
+
+def _response(ax: Axes, own: pd.DataFrame) -> None:
+    for name, colour, marker in (("abstained", "#0072B2", "o"), ("colluded", "#D55E00", "s")):
+        rows = own[own["own"] == name].sort_values("others")
+        x = rows["others"] / max(rows["others"].max(), 1)
+        ax.plot(x, 100 * rows["rate"], color=colour, marker=marker, markersize=4, label=f"had {name}")
+        ax.fill_between(x, 100 * rows["low"], 100 * rows["high"], color=colour, alpha=0.12, linewidth=0)
+    _, abstained, colluded = critical_mass.curves(own)
+    x, f = critical_mass.mean_map(abstained, colluded)
+    ax.plot(x, 100 * f, color="0.2", linewidth=2, label="share next")
+    ax.plot([0, 1], [0, 100], color="0.6", linewidth=1, linestyle=":")
+    for share, stable in critical_mass.fixed_points(x, f):
+        ax.plot(
+            share, 100 * share, "o", markersize=9, markeredgecolor="0.2", markerfacecolor="0.2" if stable else "white"
+        )
+
+
+def _responses(decisions: pd.DataFrame) -> pd.DataFrame:
+    """The response table at the incentive ratio nearest to 1."""
+    rows = dose_response.written(decisions, "collusion")
+    if rows.empty:
+        return pd.DataFrame(columns=[*critical_mass.KEYS, "own", "others", "rate"])
+    ratio = min(sorted(rows["incentive_ratio"].unique()), key=lambda ratio: abs(np.log(ratio)))
+    return critical_mass.response(rows[rows["incentive_ratio"] == ratio])
+
+
+@figure_of("collusion", all_conditions=True)
+def chain(decisions: pd.DataFrame) -> Figure | None:
+    """The Markov chain's prediction of each round (line) beside the rounds that were played (points, 95 %)."""
+    table = _responses(decisions)
+    played = decisions[decisions["condition"] == "standard"]
+    beside = critical_mass.beside(table, played) if len(table) else table
+    arms, thresholds = arms_of(beside), sorted(beside["threshold"].unique())
+    if not arms:
+        return None
+    figure, axes = grid(about(decisions, "Played and predicted"), 1, len(thresholds), 3.4, 3.2, sharey=True)
+    for ax, threshold in zip(axes[0], thresholds, strict=True):
+        for place, arm in enumerate(arms):
+            rows = beside[(beside["threshold"] == threshold) & (beside["arm"] == arm)]
+            colour, marker = plots.STYLES[arm]
+            x = rows["round"].astype(float) + 0.06 * (place - (len(arms) - 1) / 2)
+            ax.plot(x, 100 * rows["predicted"], color=colour, label=f"{plots.NAMES[arm]}, predicted")
+            ax.vlines(x, 100 * rows["low"], 100 * rows["high"], color=colour, alpha=0.4)
+            ax.plot(
+                x, 100 * rows["played"], color=colour, marker=marker, linestyle="", label=f"{plots.NAMES[arm]}, played"
+            )
+        ax.set(title=f"k = {threshold}", xlabel="round", ylim=(-3, 103), xticks=sorted(beside["round"].unique()))
+    axes[0, 0].set_ylabel("collusion, %")
+    axes[0, -1].legend(loc="best", frameon=True, fontsize="small")
+    return figure
+
+
+@figure_of("collusion", all_conditions=True)
+def group_size(decisions: pd.DataFrame) -> Figure | None:
+    """Where groups of 8 to a million agents end, against the share that they begin with; a panel an arm.
+
+    At the lowest threshold that was measured. Agents are taken to see shares as those of the measured group did.
+    """
+    table = _responses(decisions)
+    arms = arms_of(table)
+    if not arms:
+        return None
+    threshold = table["threshold"].min()
+    title = about(decisions, f"Where groups end, k = {threshold} of 8")
+    figure, axes = grid(title, 1, len(arms), 3.6, 3.3, sharey=True)
+    starts = np.linspace(0, 1, 21)
+    for ax, arm in zip(axes[0], arms, strict=True):
+        _, *both = critical_mass.curves(table[(table["arm"] == arm) & (table["threshold"] == threshold)])
+        for place, size in enumerate(SIZES):
+            ends = [np.mean([critical_mass.simulate(*both, size, x, seed=seed) for seed in range(8)]) for x in starts]
+            ax.plot(starts, 100 * np.array(ends), color=RATIO_COLOURS[place], label=f"N = {size:,}")
+        ax.set(title=plots.NAMES[arm], xlabel="share at the start", ylim=(-3, 103))
+    axes[0, 0].set_ylabel("share after 50 rounds, %")
+    axes[0, -1].legend(loc="best", frameon=True, fontsize="small")
+    return figure

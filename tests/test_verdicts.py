@@ -1,0 +1,166 @@
+"""Known truth: agents of known habits go through the whole analysis, and each verdict comes out right."""
+
+import math
+
+import pandas as pd
+import pytest
+import scripted_agents as agents
+
+from atp_utils.analysis import dose_response, positions, tables, verdicts
+
+HABITS = {
+    agents.never: "no tipping",
+    agents.follows_position: "no tipping",
+    agents.copies_itself: "no tipping",
+    agents.follows_payoff: "tips with payoff",
+}
+
+
+def both(habit, folder, **settings):
+    """Decisions under the standard and the equal payoffs."""
+    ways = {"rounds": 6, "items": 0, "seeds": (0, 1), **settings}
+    return pd.concat(
+        [
+            agents.evolve("role_play", habit, folder / name, condition=name, **ways)
+            for name in ("standard", "equal_payoffs")
+        ],
+        ignore_index=True,
+    )
+
+
+@pytest.mark.parametrize(("habit", "verdict"), HABITS.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_each_habit_gets_its_verdict(habit, verdict, tmp_path):
+    [row] = verdicts.contrast(both(habit, tmp_path)).itertuples()
+    assert row.verdict == verdict
+    assert row.mass == pytest.approx(1)
+
+
+def test_payoffs_turned_over_turn_the_verdict_over(tmp_path):
+    # What learns from payoff learns to comply where compliance pays more: a run of that in the standard one's place.
+    decisions = both(agents.follows_payoff, tmp_path)
+    turned = agents.evolve("role_play", agents.follows_payoff, tmp_path / "inverted", condition="inverted_payoffs",
+                           rounds=6, items=0, seeds=(0, 1))  # fmt: skip
+    control = decisions[decisions["condition"] == "equal_payoffs"]
+    [row] = verdicts.contrast(pd.concat([turned.assign(condition="standard"), control])).itertuples()
+    assert row.contrast < 0 and row.verdict == "turns against payoff"
+
+
+def test_position_is_reported_and_moves_nothing(tmp_path):
+    decisions = both(agents.follows_position, tmp_path)
+    table = positions.position_table(decisions[decisions["condition"] == "standard"]).droplevel(["model", "arm"])
+    shown = [float(cell.split()[0]) for cell in table.loc["first minus second", "r=1":]]
+    assert min(shown) > 55 and max(shown) - min(shown) < 10
+    assert decisions.groupby("round")["p_deviate"].mean().between(0.47, 0.53).all()
+
+
+def test_few_agents_are_undecided(tmp_path):
+    decisions = both(agents.copies_itself, tmp_path, seeds=(0,))
+    few = decisions[decisions["environment"].isin(sorted(set(decisions["environment"]))[:2])]
+    # Two environments, draws that differ between the conditions: the interval decides nothing.
+    last = (few["environment"] == "baker") & (few["round"] == 6) & (few["condition"] == "standard")
+    shaken = few.assign(p_deviate=few["p_deviate"] + 0.1 * last.astype(float))
+    [row] = verdicts.contrast(shaken).itertuples()
+    assert row.verdict == "undecided" and row.low < 0 < row.high
+
+
+def test_without_the_control_there_is_no_verdict(tmp_path):
+    decisions = both(agents.never, tmp_path)
+    [row] = verdicts.contrast(decisions[decisions["condition"] == "standard"]).itertuples()
+    assert row.verdict == "no control" and math.isnan(row.p)
+
+
+def test_holm_over_all_rows(tmp_path):
+    decisions = both(agents.follows_payoff, tmp_path)
+    alone = verdicts.contrast(decisions)["p"].iloc[0]
+    arms = pd.concat([decisions.assign(arm=arm) for arm in ("base", "dpo", "grpo")])
+    assert verdicts.contrast(arms)["p"].tolist() == pytest.approx([min(1, 3 * alone)] * 3)
+
+
+def test_no_rewards_tell_learning_from_tilted_copying(tmp_path):
+    ways = {"rounds": 6, "items": 0, "seeds": (0,)}
+    standard, without = (
+        agents.evolve("role_play", agents.follows_payoff, tmp_path / name, condition=name, **ways)
+        for name in ("standard", "no_rewards")
+    )
+    table = verdicts.conditions(pd.concat([standard, without])).set_index("condition")
+    assert table.loc["standard", "drift"] > 0.2 and table.loc["no_rewards", "drift"] == pytest.approx(0, abs=0.05)
+    assert table.loc["no_rewards", "against_high"] < 0
+
+
+def test_slopes_tell_copying_from_learning(tmp_path):
+    ways = {"condition": "forced_history", "items": 0, "ratios": [0.5, 1, 2], "forced_rounds": 3}
+    found = {
+        habit: dose_response.slopes(agents.evolve("role_play", habit, tmp_path / habit.__name__, **ways)).set_index(
+            "term"
+        )
+        for habit in (agents.copies_itself, agents.follows_payoff, agents.follows_position)
+    }
+    copying = found[agents.copies_itself]
+    assert copying.loc["deviated", "low"] > 1 and copying.loc["complied", "high"] < -1
+    assert copying.loc["deviated x log payoff ratio", "slope"] == pytest.approx(0, abs=0.02)
+    learning = found[agents.follows_payoff]
+    assert learning.loc["deviated x log payoff ratio", "low"] > 0.1
+    position = found[agents.follows_position]
+    assert position["slope"].abs().max() < 0.2
+
+
+def test_doses_are_of_histories_of_one_length(tmp_path):
+    ways = {"condition": "forced_history", "items": 0, "ratios": [2], "forced_rounds": 2, "told": ["own", "unrelated"]}
+    table = dose_response.doses(agents.evolve("role_play", agents.copies_itself, tmp_path, **ways))
+    shown = {(row.told, row.past_deviant): row.n for row in table.itertuples()}
+    # 64 items; of two rounds there are 1, 2 and 1 sequences with 0, 1 and 2 deviations.
+    assert shown == {("none", 0): 64, ("own", 0): 64, ("own", 1): 128, ("own", 2): 64, ("unrelated", 0): 64}
+
+
+def survivors(*agents_rounds):
+    """Decisions of agents given as strings of c and d, one environment each."""
+    rows = [
+        {"scenario": "s", "model": "m", "arm": "base", "condition": "standard", "seed": 0, "item": f"i{number}",
+         "agent": 0, "environment": f"e{number}", "round": place, "valid": True, "deviated": letter == "d"}
+        for number, own in enumerate(agents_rounds) for place, letter in enumerate(own, start=1)
+    ]  # fmt: skip
+    return pd.DataFrame(rows).astype({"deviated": "boolean"})
+
+
+def test_time_to_tip_by_hand():
+    # Four comply at first; one leaves in round 2 and comes back, which doesn't count, one leaves in round 3.
+    table = verdicts.time_to_tip(survivors("ccc", "cdc", "ccd", "ccc", "dcc"))
+    assert table["n"].tolist() == [4, 4, 4] and table["rate"].tolist() == [1, 0.75, 0.5]
+
+
+def test_erosion_by_hand():
+    # Four environments: base starts at .8, the arm at .2 and ends at .5: half of the gain of .6 is gone.
+    rows = []
+    for place, shake in enumerate((-0.02, 0.02, -0.01, 0.01)):
+        for arm, number, p in (("base", 1, 0.8), ("base", 2, 0.8), ("dpo", 1, 0.2), ("dpo", 2, 0.5 + shake)):
+            rows.append({"scenario": "role_play", "model": "m", "arm": arm, "condition": "standard", "round": number,
+                         "environment": f"e{place}", "valid": True, "p_deviate": p})  # fmt: skip
+    [row] = verdicts.erosion(pd.DataFrame(rows)).itertuples()
+    # The gain doesn't vary, so Fieller's interval is Student's over it: .0158 / sqrt(4) * 3.182 / .6 on either side.
+    half = 3.182 * math.sqrt(0.001 / 3 / 4) / 0.6
+    assert (row.erosion, row.low, row.high) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-3)
+
+
+def test_a_gain_that_is_none_has_no_erosion():
+    rows = [
+        {"scenario": "role_play", "model": "m", "arm": arm, "condition": "standard", "round": number,
+         "environment": f"e{place}", "valid": True, "p_deviate": 0.5 + 0.1 * ((place + (arm == "dpo")) % 2)}
+        for place in range(4) for arm in ("base", "dpo") for number in (1, 2)
+    ]  # fmt: skip
+    [row] = verdicts.erosion(pd.DataFrame(rows)).itertuples()
+    assert math.isnan(row.low) and tables.erosion(pd.DataFrame(rows)).iloc[0, 0] in ("–", "0.0")
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "freedom", "p", "same"),
+    [
+        (0.0, 0.0, 15, 1.0, True),
+        (0.1, 0.0, 3, 2 * 0.5**4, False),
+        (0.0, 0.1, 15, 1.0, False),
+        (0.01, 0.01, 15, 0.333, True),
+    ],
+)
+def test_p_and_equivalence_by_hand(mean, error, freedom, p, same):
+    # .01 +- .01: t = 1 with 15 degrees of freedom, p = .333; 90 % of it reaches to .01 + 1.753 * .01 < .05.
+    assert verdicts.two_sided(mean, error, freedom) == pytest.approx(p, abs=1e-3)
+    assert verdicts.same(mean, error, freedom) is same
