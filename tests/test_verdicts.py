@@ -50,7 +50,7 @@ def test_position_is_reported_and_moves_nothing(tmp_path):
     table = positions.position_table(decisions[decisions["condition"] == "standard"]).droplevel(["model", "arm"])
     shown = [float(cell.split()[0]) for cell in table.loc["first minus second", "r=1":]]
     assert min(shown) > 55 and max(shown) - min(shown) < 10
-    assert decisions.groupby("round")["p_deviate"].mean().between(0.47, 0.53).all()
+    assert decisions.groupby("round")["p_deviate"].mean().between(0.45, 0.55).all()
 
 
 def test_few_agents_are_undecided(tmp_path):

@@ -24,7 +24,7 @@ def response(decisions: pd.DataFrame) -> pd.DataFrame:
     own = decisions["past_deviant"].map({0: False, 1: True}).where(decisions["past_others"].notna(), None)
     rows = decisions.assign(own=own.astype(object), others=decisions["past_others"].fillna(0).astype(int))
     rows = rows.assign(own=rows["own"].map({False: "abstained", True: "colluded"}).fillna("start"))
-    return stats.rate_table(rows, "p_deviate", (*KEYS, "own", "others")).drop(columns="invalid")
+    return stats.rate_table(rows, stats.value_of(rows), (*KEYS, "own", "others")).drop(columns="invalid")
 
 
 def curves(table: pd.DataFrame) -> tuple[float, np.ndarray, np.ndarray]:
@@ -117,7 +117,7 @@ def dynamics(table: pd.DataFrame, rounds: int = 50) -> pd.DataFrame:
 
 def beside(table: pd.DataFrame, played: pd.DataFrame) -> pd.DataFrame:
     """The chain's prediction of each round beside the rounds that were ``played``: `KEYS`, round, predicted, played."""
-    rates = stats.rate_table(played, value_of(played), (*KEYS, "round"))
+    rates = stats.rate_table(played, stats.value_of(played), (*KEYS, "round"))
     rows = []
     for key, group in table.groupby(KEYS, sort=True, observed=True):
         start, abstained, colluded = curves(group)
@@ -125,8 +125,3 @@ def beside(table: pd.DataFrame, played: pd.DataFrame) -> pd.DataFrame:
         shares = predicted(start, transitions(abstained, colluded), int(own["round"].max()) if len(own) else 0)
         rows += [(*key, row.round, shares[row.round - 1], row.rate, row.low, row.high) for row in own.itertuples()]
     return pd.DataFrame(rows, columns=[*KEYS, "round", "predicted", "played", "low", "high"])
-
-
-def value_of(decisions: pd.DataFrame) -> str:
-    """P(collude) where it was recorded, else the sampled decision."""
-    return "p_deviate" if decisions["p_deviate"].notna().any() else "deviated"

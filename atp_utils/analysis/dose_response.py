@@ -40,7 +40,8 @@ def doses(decisions: pd.DataFrame) -> pd.DataFrame:
     kept = decisions[(decisions["round"] == longest) & (decisions["round"] > 1)]
     none = decisions[(decisions["round"] == 1) & (decisions["told"] == "own")].assign(told="none")
     by = (*KEYS, "told", "payoff_ratio", "past_deviant")
-    return stats.rate_table(pd.concat([kept, none], ignore_index=True), "p_deviate", by).drop(columns="invalid")
+    rows = pd.concat([kept, none], ignore_index=True)
+    return stats.rate_table(rows, stats.value_of(rows), by).drop(columns="invalid")
 
 
 def slopes(decisions: pd.DataFrame) -> pd.DataFrame:
@@ -51,7 +52,8 @@ def slopes(decisions: pd.DataFrame) -> pd.DataFrame:
     slope, low, high (95 %, t with bias-reduced robust errors), p. Empty where ratios or histories don't vary.
     """
     rows = []
-    own = decisions[decisions["told"].isin(["own", "other"])]
+    value = stats.value_of(decisions)
+    own = decisions[decisions["told"].isin(["own", "other"]) & decisions["valid"]]
     for key, group in own.groupby([*KEYS, "told"], sort=True, observed=True):
         ratio = np.log(group["payoff_ratio"].astype(float))
         data = group.assign(log_ratio=ratio, paid=ratio * group["past_deviant"].astype(float))
@@ -61,7 +63,7 @@ def slopes(decisions: pd.DataFrame) -> pd.DataFrame:
             continue
         design = data[list(names.values())].astype(float).assign(one=1.0)
         # Probabilities, not counts: the logit link's mean model holds, and robust errors ask no more.
-        chances = np.clip(data["p_deviate"].astype(float), 1e-6, 1 - 1e-6)
+        chances = np.clip(data[value].astype(float), 1e-6, 1 - 1e-6)
         codes = pd.factorize(data["environment"])[0]
         model = GEE(chances, design, groups=codes, family=families.Binomial(), cov_struct=Independence())
         with warnings.catch_warnings(), np.errstate(invalid="ignore"):

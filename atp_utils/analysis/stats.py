@@ -98,6 +98,11 @@ def standard(decisions: pd.DataFrame) -> pd.DataFrame:
     return decisions[decisions["condition"] == "standard"]
 
 
+def value_of(decisions: pd.DataFrame) -> str:
+    """P(deviate) where it was recorded, which has no sampling noise, else the sampled decision."""
+    return "p_deviate" if decisions["p_deviate"].notna().any() else "deviated"
+
+
 def low_mass(decisions: pd.DataFrame) -> str:
     """Where P(deviate) rests on answers with a mean probability below `LEAST_MASS`: arms and rounds, or ""."""
     means = decisions.groupby(["arm", "round"], observed=True)["mass"].mean().astype(float)

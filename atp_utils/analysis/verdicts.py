@@ -29,11 +29,6 @@ def units_of(scenario: str) -> Sequence[str]:
     return UNITS.get(scenario, ("environment",))
 
 
-def value_of(decisions: pd.DataFrame) -> str:
-    """P(deviate) where it was recorded, which has no sampling noise, else the sampled decision."""
-    return "p_deviate" if decisions["p_deviate"].notna().any() else "deviated"
-
-
 def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
     """The primary contrast of every scenario, model and arm, with its verdict.
 
@@ -43,7 +38,7 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for key, group in decisions.groupby(KEYS, sort=True, observed=True):
-        value, units = value_of(group), units_of(key[0])
+        value, units = stats.value_of(group), units_of(key[0])
         changes = {
             name: stats.unit_changes(group[group["condition"] == name], value, units) for name in (STANDARD, CONTROL)
         }
@@ -95,7 +90,7 @@ def conditions(decisions: pd.DataFrame) -> pd.DataFrame:
     rows = []
     lived = decisions[decisions["condition"] != "forced_history"]
     for key, group in lived.groupby(KEYS, sort=True, observed=True):
-        value, units = value_of(group), units_of(key[0])
+        value, units = stats.value_of(group), units_of(key[0])
         standard = stats.unit_changes(group[group["condition"] == STANDARD], value, units)
         for name, own in group.groupby("condition", sort=False, observed=True):
             changes = stats.unit_changes(own, value, units)
@@ -121,7 +116,7 @@ def erosion(decisions: pd.DataFrame) -> pd.DataFrame:
     rows = []
     own = decisions[decisions["condition"] == STANDARD]
     for (scenario, model), group in own.groupby(["scenario", "model"], sort=True, observed=True):
-        units, value = units_of(scenario), value_of(group)
+        units, value = units_of(scenario), stats.value_of(group)
         start = group[group["round"] == group["round"].min()]
         first = start.groupby([*units, "arm"], observed=True)[value].mean().astype(float).unstack("arm")
         for arm in sorted(set(group["arm"]) - {"base"}) if "base" in set(group["arm"]) else []:
