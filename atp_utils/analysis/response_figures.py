@@ -10,6 +10,8 @@ from atp_utils.analysis.drawing import about, arms_of, figure_of, grid
 
 PLACES = {"none": -2.0, "unrelated": -1.0}
 RATIO_COLOURS = ("#999999", "#CC79A7", "#0072B2", "#D55E00", "#009E73")
+SURVIVAL = {verdicts.STANDARD: ("#0072B2", "-"), verdicts.CONTROL: ("#D55E00", "--")}  # colour and line
+REPEATS = 32
 SIZES = (8, 100, 10_000, 1_000_000)
 
 
@@ -40,23 +42,21 @@ def conditions(decisions: pd.DataFrame) -> Figure | None:
 def survival(decisions: pd.DataFrame) -> Figure | None:
     """Share of the agents that complied in round 1 and never deviated since, by condition, a panel an arm."""
     table = verdicts.time_to_tip(decisions)
-    table = table[table["condition"].isin([verdicts.STANDARD, verdicts.CONTROL])]
+    table = table[table["condition"].isin(SURVIVAL)]
     arms = arms_of(table)
     if not arms or table["round"].nunique() < 2:
         return None
     figure, axes = grid(about(decisions, "Still compliant"), 1, len(arms), 3.6, 3.3, sharey=True)
     for ax, arm in zip(axes[0], arms, strict=True):
-        for (name, rows), colour in zip(
-            table[table["arm"] == arm].groupby("condition"), ("#D55E00", "#0072B2"), strict=False
-        ):
+        for name, (colour, line) in SURVIVAL.items():
+            rows = table[(table["arm"] == arm) & (table["condition"] == name)]
             label = name.replace("_", " ")
-            ax.step(rows["round"], 100 * rows["rate"], where="post", color=colour, label=label)
+            ax.step(rows["round"], 100 * rows["rate"], line, where="post", color=colour, label=label)
             low, high = 100 * rows["low"], 100 * rows["high"]
             ax.fill_between(rows["round"], low, high, step="post", color=colour, alpha=0.12, linewidth=0)
-        ax.set(
-            title=plots.NAMES[arm], xlabel="round", ylabel="%", ylim=(-3, 103), xticks=sorted(table["round"].unique())
-        )
+        ax.set(title=plots.NAMES[arm], xlabel="round", ylim=(-3, 103), xticks=sorted(table["round"].unique()))
         ax.legend(loc="lower left", frameon=True)
+    axes[0, 0].set_ylabel("still compliant, %")
     return figure
 
 
@@ -192,7 +192,9 @@ def group_size(decisions: pd.DataFrame) -> Figure | None:
     for ax, arm in zip(axes[0], arms, strict=True):
         _, *both = critical_mass.curves(table[(table["arm"] == arm) & (table["threshold"] == threshold)])
         for place, size in enumerate(SIZES):
-            ends = [np.mean([critical_mass.simulate(*both, size, x, seed=seed) for seed in range(8)]) for x in starts]
+            ends = [
+                np.mean([critical_mass.simulate(*both, size, x, seed=seed) for seed in range(REPEATS)]) for x in starts
+            ]
             ax.plot(starts, 100 * np.array(ends), color=RATIO_COLOURS[place], label=f"N = {size:,}")
         ax.set(title=plots.NAMES[arm], xlabel="share at the start", ylim=(-3, 103))
     axes[0, 0].set_ylabel("share after 50 rounds, %")

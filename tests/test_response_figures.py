@@ -1,0 +1,72 @@
+"""Figures of controls, doses and responses: drawn from agents of known habits, in full and with parts left out."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import scripted_agents as agents
+
+from atp_utils.analysis import drawing, plots, report, response_figures
+
+DRAWN = {"role_play": ("conditions", "survival", "dose"), "collusion": ("response", "chain", "group_size")}
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """Three arms of role-play and two of collusion, in several conditions."""
+    plots.set_style()
+    folder, parts = tmp_path_factory.mktemp("scripted"), []
+    for arm, habit in (("base", agents.follows_payoff), ("dpo", agents.copies_itself), ("grpo", agents.never)):
+        for condition in ("standard", "equal_payoffs", "forced_history"):
+            given = {"condition": condition, "items": 8, "rounds": 3, "told": ["own", "other", "unrelated"]}
+            parts.append(agents.evolve("role_play", habit, folder / arm / condition, arm=arm, **given))
+    for arm, habit in (("base", agents.follows_majority), ("dpo", agents.copies_itself)):
+        for condition in ("standard", "forced_history"):
+            given = {"condition": condition, "thresholds": [2, 6], "rounds": 2}
+            parts.append(agents.evolve("collusion", habit, folder / "games" / arm / condition, arm=arm, **given))
+    return pd.concat(parts, ignore_index=True)
+
+
+def of(record, scenario):
+    return record[record["scenario"] == scenario]
+
+
+@pytest.mark.parametrize(("scenario", "name"), [(s, name) for s, names in DRAWN.items() for name in names])
+def test_every_figure_is_drawn_and_nothing_overlaps(record, scenario, name):
+    figure = getattr(response_figures, name)(of(record, scenario))
+    figure.canvas.draw()
+    page = figure.bbox.padded(1)
+    words = [figure._suptitle, *(word for ax in figure.axes for word in (ax.title, ax.xaxis.label, ax.yaxis.label))]
+    boxes = [word.get_window_extent() for word in words if word.get_text()]
+    assert all(page.contains(*corner) for box in boxes for corner in (box.min, box.max))
+    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
+    assert all(ax.lines or ax.collections for ax in figure.axes)
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("name", [name for names in DRAWN.values() for name in names])
+def test_what_a_run_lacks_is_no_figure(record, name):
+    lived = record[record["condition"] == "standard"]
+    lived = lived[
+        (lived["round"] == 1) & (lived["scenario"] == ("role_play" if name in DRAWN["role_play"] else "collusion"))
+    ]
+    assert getattr(response_figures, name)(lived) is None
+
+
+def test_a_figure_that_wants_all_conditions_gets_them(record, tmp_path):
+    assert len(drawing.draw(of(record, "role_play"), "dose", tmp_path)) == 2
+    # Figures of the paper see its own condition alone.
+    assert len(drawing.draw(of(record, "role_play"), "role_play", tmp_path)) == 2
+    forced = record[(record["scenario"] == "role_play") & (record["condition"] == "forced_history")]
+    assert drawing.draw(forced, "role_play", tmp_path) == []
+
+
+def test_a_report_begins_with_the_verdicts(record):
+    titles = [title for title, _ in report._parts(record)]
+    assert titles[0] == report.PRIMARY and {f"role_play: {report.SLOPES}", f"collusion: {report.MASS}"} <= set(titles)
+    table = dict(report._parts(record))[report.PRIMARY]
+    assert table.loc[("role_play", "scripted", "grpo"), "verdict"] == "no tipping"
+    assert table.loc[("collusion", "scripted", "base"), "verdict"] == "no control"
