@@ -3,7 +3,6 @@
 import json
 import shutil
 from itertools import combinations, product
-from math import exp, log
 
 import matplotlib
 
@@ -16,6 +15,7 @@ import pytest
 
 from atp_utils import ROOT, resolve
 from atp_utils.analysis import (
+    drawing,
     figures,
     plots,
     positions,
@@ -25,12 +25,13 @@ from atp_utils.analysis import (
     tool_use_tables,
 )
 from atp_utils.evolution.decisions import Decision, to_frame
-from atp_utils.evolution.journal import read_replies
-from atp_utils.evolution.requests import Reply
 
 RESULTS = resolve("data/results/laptop/evolution")
 MODELS = ("Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct")
 SCENARIOS = ("role_play", "tool_use", "collusion")
+# The figures of the paper's own condition; test_response_figures.py has the others.
+drawing.figures_of("")
+FIGURES = {name: draw for name, draw in drawing.FIGURES.items() if name not in drawing.ALL_CONDITIONS}
 SCENARIO = {"role_play": "role_play", "role_play_environments": "role_play", "tool_use": "tool_use"}
 
 
@@ -41,7 +42,7 @@ def subsets(names):
 def run(scenario, *, exact=True, rounds=2, items=4, thresholds=(2, 4), ratios=(0.5, 1.0), agents=2, valid=True,
         games=("information_sharing", "auction_bidding")):  # fmt: skip
     """Decisions of one arm, some of each outcome; every field as the scenario records it."""
-    rows = []
+    rows, exact_columns = [], ("p_deviate", "p_first", "p_second", "mass")
 
     def add(item, environment, agent, number, **more):
         deviated = (len(rows) + number) % 3 == 0 if valid else None
@@ -52,7 +53,7 @@ def run(scenario, *, exact=True, rounds=2, items=4, thresholds=(2, 4), ratios=(0
                 choice=choice, deviated=deviated, valid=valid, attempts=1, reward=-1.0 if valid else None, capital=1.0,
                 prompt_tokens=1, completion_tokens=1, reply=f"{item}-{agent}-{number}",
                 replies="",
-                **({"p_deviate": 0.1 + 0.7 * bool(deviated) if exact else None} | more),
+                **(dict.fromkeys(exact_columns, 0.1 + 0.7 * bool(deviated)) if exact else {}) | more,
             )
         )  # fmt: skip
 
@@ -63,7 +64,7 @@ def run(scenario, *, exact=True, rounds=2, items=4, thresholds=(2, 4), ratios=(0
         elif scenario == "tool_use":
             for item in range(items):
                 add(f"complex-{item}", f"f{item % 2}", 0, number, correct=[True, False, None][item % 3])
-            add("simple-0", "s", 0, number, correct=valid, p_deviate=None)
+            add("simple-0", "s", 0, number, correct=valid, **dict.fromkeys(("p_deviate", "p_first", "p_second")))
         else:
             for game, k, ratio, agent in product(games, thresholds, ratios, range(agents)):
                 succeeded = number > 1 and valid
@@ -83,25 +84,16 @@ def all_tables(decisions):
         ("role_play", "table 1"): stats.round_columns(stats.rate_table(role_play)),
         ("role_play", "drift"): tables.drift(role_play),
         ("role_play", "benefit"): tables.benefit(role_play),
-        ("role_play", "position"): positions.position_table(role_play, replies(role_play)),
+        ("role_play", "position"): positions.position_table(role_play),
         ("tool_use", "table 2"): tool_use_tables.table2(tool_use),
         ("tool_use", "drift"): tool_use_tables.drift_columns(tool_use),
         ("tool_use", "spread"): tool_use_tables.agent_spread(tool_use),
         ("tool_use", "spread of P"): tool_use_tables.agent_spread(tool_use, "P(tool)"),
-        ("tool_use", "position"): positions.position_table(tool_use, replies(tool_use)),
+        ("tool_use", "position"): positions.position_table(tool_use),
         ("collusion", "rates"): tables.collusion(games),
         ("collusion", "spread"): tables.largest_differences(games),
         ("collusion", "cascades"): tipping.cascade_table(games).set_index(["model", "arm", "threshold"]),
-        ("collusion", "position"): positions.position_table(games, replies(games)),
-    }
-
-
-def replies(decisions):
-    """Forced-choice replies in which the deviant option stood first, and both answers have a probability of a half."""
-    known = decisions[decisions["p_deviate"].notna()]
-    return {
-        row.reply: Reply("", 1, 1, "stop", (log(row.p_deviate / 2), log((1 - row.p_deviate) / 2)))
-        for row in known.itertuples()
+        ("collusion", "position"): positions.position_table(games),
     }
 
 
@@ -129,9 +121,9 @@ def test_any_arms_of_any_models(arms, models, exact):
         if not exact and name in ("position", "spread of P"):
             expected = set()
         assert shown == expected, name
-    for name, model in product(figures.FIGURES, models):
+    for name, model in product(FIGURES, models):
         rows = rows_of(decisions, name)
-        figure = figures.FIGURES[name](rows[rows["model"] == model])
+        figure = FIGURES[name](rows[rows["model"] == model])
         if name == "role_play_environments" and not exact:
             assert figure is None
             continue
@@ -148,8 +140,8 @@ def test_any_scenarios(scenarios, tmp_path):
     for (scenario, name), table in all_tables(decisions).items():
         expected = scenario in scenarios and name != "benefit"
         assert bool(len(table)) == expected, (scenario, name)
-    drawn = [path for name in figures.FIGURES for path in figures.draw(rows_of(decisions, name), name, tmp_path)]
-    expected = {name for name in figures.FIGURES if SCENARIO.get(name, "collusion") in scenarios}
+    drawn = [path for name in FIGURES for path in drawing.draw(rows_of(decisions, name), name, tmp_path)]
+    expected = {name for name in FIGURES if SCENARIO.get(name, "collusion") in scenarios}
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{name}_Qwen--Qwen3-8B.{kind}" for name in expected for kind in ("png", "svg")
     }
@@ -180,9 +172,9 @@ def test_odd_settings(name):
     assert {key[1] for key, table in every.items() if not len(table)} == missing
     none = {"one round": {"role_play_environments", "recollusion"}, "no information sharing": {"case_study"}}
     none["nothing valid"] = {"role_play_environments"}
-    for drawing, function in figures.FIGURES.items():
-        figure = function(rows_of(decisions, drawing))
-        assert (figure is None) == (drawing in none.get(name, set())), drawing
+    for drawn, function in FIGURES.items():
+        figure = function(rows_of(decisions, drawn))
+        assert (figure is None) == (drawn in none.get(name, set())), drawn
         if figure is not None:
             figure.draw_without_rendering()
 
@@ -220,7 +212,7 @@ def test_arms_of_unequal_length():
 @pytest.mark.parametrize("arms", [("base",), stats.ARMS], ids=len)
 def test_titles_fit_and_do_not_overlap(arms, model):
     decisions = record(arms=arms, models=(model,))
-    for name, function in figures.FIGURES.items():
+    for name, function in FIGURES.items():
         figure = function(rows_of(decisions, name))
         figure.canvas.draw()
         seen = [ax for ax in figure.axes if ax.axison]
@@ -233,47 +225,31 @@ def test_titles_fit_and_do_not_overlap(arms, model):
 
 
 def test_the_place_of_the_deviant_option_by_hand():
-    # Mass .8 of both answers; P(deviate) .75 with the deviant option first, .25 with it second.
-    decisions = record(("role_play",), rounds=1, items=2).assign(p_deviate=[0.75, 0.25])
-    both = tuple(map(log, (0.6, 0.2)))
-    known = {row.reply: Reply("", 1, 1, "stop", both) for row in decisions.itertuples()}
-    table = positions.position_table(decisions, known).droplevel(["model", "arm"])
-    assert table["r=1"].to_dict() == {
-        "P(deviate), deviant option first": "75.0",
-        "P(deviate), deviant option second": "25.0",
-        "probability of both answers": "80.0",
-    }
-    assert table["n a round"].tolist() == [1, 1, 2]
-    # No raw reply at hand: nothing is guessed.
-    assert positions.position_table(decisions, {}).empty
-
-
-def test_the_recorded_order_is_that_of_the_prompts():
-    # The prompts that the record was made with alternate: of an environment's four items two name either first.
-    replies = read_replies(RESULTS / "role_play")
-    decisions = pd.read_parquet(RESULTS / "role_play/smollm2-135m/base/decisions.parquet")
-    rows = positions.scored_options(decisions, replies)
-    assert len(rows) == len(decisions) and (rows.groupby("item")["named_first"].nunique() == 1).all()
-    assert (rows.groupby("environment")["named_first"].mean() == 0.5).all()
-    exact = [exp(replies[row.reply].logprobs[1 - row.named_first]) / row.mass for row in rows.itertuples()]
-    assert rows["p_deviate"].tolist() == pytest.approx(exact)
+    # P(deviate) .9 and .6 with the deviant option first, .5 and .4 with it second; mass .8 and .6.
+    decisions = record(("role_play",), rounds=1, items=2)
+    decisions = decisions.assign(p_first=[0.9, 0.6], p_second=[0.5, 0.4], mass=[0.8, 0.6])
+    table = positions.position_table(decisions).droplevel(["model", "arm"])
+    assert [cell.split()[0] for cell in table["r=1"]] == ["75.0", "45.0", "30.0", "70.0"]
+    assert table["n a round"].tolist() == [2, 2, 2, 2]
+    # Differences .4 and .2 of two environments: .3 -+ 12.706 * .1.
+    assert table.loc["first minus second", "r=1"] == "30.0 [-97.1, 100.0]"
 
 
 def test_figures_of_other_results_are_not_mixed(tmp_path):
-    folder = figures.claim(tmp_path / "figures", tmp_path / "one")
+    folder = drawing.claim(tmp_path / "figures", tmp_path / "one")
     (folder / "old.png").touch()
-    assert figures.claim(folder, tmp_path / "one") == folder
+    assert drawing.claim(folder, tmp_path / "one") == folder
     with pytest.raises(FileExistsError, match="figures"):
-        figures.claim(folder, tmp_path / "two/one")
-    figures.claim(folder, tmp_path / "two/one", overwrite=True)
+        drawing.claim(folder, tmp_path / "two/one")
+    drawing.claim(folder, tmp_path / "two/one", overwrite=True)
     assert not (folder / "old.png").exists()
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("book", ["07_heatmaps", "08_figures"])
+@pytest.mark.parametrize("book", ["07_heatmaps", "08_figures", "09_dose_response", "10_critical_mass"])
 def test_the_notebooks_run_on_one_arm_of_one_scenario(tmp_path, book):
     results, folder = tmp_path / "evolution", tmp_path / "figures"
-    arm = "role_play/smollm2-135m/base"
+    arm = "role_play/smollm2-135m/standard/base"
     shutil.copytree(RESULTS / arm, results / arm)
     given = {"results": str(results), "figures": str(folder)}
     source, out = ROOT / f"notebooks/{book}.ipynb", tmp_path / "out.ipynb"
@@ -281,5 +257,5 @@ def test_the_notebooks_run_on_one_arm_of_one_scenario(tmp_path, book):
     cells = json.loads(out.read_text())["cells"]
     assert not [put for cell in cells for put in cell.get("outputs", []) if put.get("name") == "stderr"]
     drawn = {path.stem for path in folder.iterdir() if path.suffix == ".png"}
-    own = {"role_play_smollm2-135m", "role_play_environments_smollm2-135m"}
-    assert drawn == (own if book == "08_figures" else set())
+    own = {"08_figures": ("role_play", "role_play_environments"), "09_dose_response": ("conditions", "survival")}
+    assert drawn == {f"{name}_smollm2-135m" for name in own.get(book, ())}

@@ -117,7 +117,7 @@ def recollusion(decisions: pd.DataFrame) -> Figure | None:
 
 
 @figure_of("collusion")
-def collusiongrid(decisions: pd.DataFrame) -> Figure:
+def collusion_grid(decisions: pd.DataFrame) -> Figure:
     """Figure 6: collusion rate by threshold and incentive, a row an arm, a column a round."""
     cells = stats.rate_table(decisions, by=("model", "arm", "threshold", "incentive_ratio", "round"))
     arms, rounds = arms_of(cells), sorted(cells["round"].unique())

@@ -46,5 +46,5 @@ def _differences(rows: pd.DataFrame) -> pd.DataFrame:
     for key, group in rows.groupby(["model", "arm", "round"], sort=True, observed=True):
         values = group["place"].astype(float)
         ends = stats.interval(values, group["environment"], proportion=False)
-        table.append((*key, len(group), float(values.mean()), *ends))
+        table.append((*key, len(group), float(values.mean()), *np.clip(ends, -1, 1)))
     return pd.DataFrame(table, columns=["model", "arm", "round", "n", "rate", "low", "high"])

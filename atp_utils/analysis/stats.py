@@ -57,8 +57,8 @@ def estimate(
     x = np.ones(len(y)) if weights is None else np.asarray(weights, dtype=float)
     codes = [pd.factorize(pd.Series(list(kind), dtype=object))[0] for kind in units]
     fewest = min((len(set(kind)) for kind in codes), default=0)
-    rate = float(y.sum() / x.sum()) if len(y) else float("nan")
-    if fewest < 2:
+    rate = float(y.sum() / x.sum()) if x.any() else float("nan")
+    if fewest < 2 or not x.any():
         return rate, float("nan"), fewest - 1
     residuals = (y - rate * x) / x.sum()
     each = [_variance(kind, residuals) for kind in codes]
