@@ -135,10 +135,10 @@ def test_training_prompts_behind_compliant_rounds_pay_the_same(item):
         assert text.count(f"this earns you {low} {item.unit}") == 2 and f"{2 * low} {item.unit} in all" in text
         assert "broke" not in text and str(item.payoff_deviant) not in text
         assert chat[-1]["content"].endswith(CHOOSE.instruction(item.named(turned)))
-        # Without rounds either option pays the same too, and nothing else differs from the opening.
-        start = says(role_play.SCENARIO.after_compliance(item, CHOOSE, 0, turned))
-        opening = says(role_play.SCENARIO.opening(item, CHOOSE, turned))
-        assert start == opening.replace(f"earns you {item.payoff_deviant} ", f"earns you {low} ")
+        # Without such rounds it is the plain prompt, where deviating pays more.
+        opening = role_play.SCENARIO.opening(item, CHOOSE, turned)
+        assert role_play.SCENARIO.after_compliance(item, CHOOSE, 0, turned) == opening
+        assert f"earns you {item.payoff_deviant} " in says(opening)
 
 
 # --- collusion -----------------------------------------------------------------------------------------------------
