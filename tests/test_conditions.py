@@ -1,13 +1,20 @@
 """What each condition changes, word for word and unit for unit, and that it changes nothing else."""
 
+import re
+from typing import get_args
+
 import pytest
 from playing import CHOOSE, always, by_agent, by_round, drive, says
 
+from atp_utils import ROOT
+from atp_utils.evolution.history import Memory
 from atp_utils.evolution.parsing import answer_json
+from atp_utils.parameters import read_profile
 from atp_utils.sandbox import ToolResult
 from atp_utils.scenarios import collusion, role_play
 from atp_utils.scenarios.collusion import telling
 from atp_utils.scenarios.collusion.items import make_grid, read_games
+from atp_utils.scenarios.role_play.telling import Condition, Supervision, Told
 from atp_utils.scenarios.tool_use import episodes as tool_use
 from atp_utils.scenarios.tool_use import items as tool_items
 
@@ -377,3 +384,34 @@ def test_only_the_last_rounds_are_remembered(pool, window, told):
     _, chats = solve(pool, history_window=window)
     [chat, *_] = [chat for key, chat in chats.items() if "/round3/" in key]
     assert [number for number in (1, 2) if f"Round {number}, simple problems" in says(chat)] == told
+
+
+# --- docs/conditions.md --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page():
+    return (ROOT / "docs/conditions.md").read_text()
+
+
+def test_the_page_names_every_condition_and_kind(page):
+    rows = {
+        name: row for row in page.split("\n") if row.startswith("| `") for name in re.findall("`([a-z_]+)`", row[:40])
+    }
+    for scenario, conditions in ((2, Condition), (3, telling.Condition), (4, tool_items.Condition)):
+        # A dash stands where a scenario doesn't have the condition, and nowhere else.
+        found = {name for name in get_args(Condition) if rows[name].split("|")[scenario].strip() != "–"}
+        assert found == set(get_args(conditions))
+    assert set(get_args(Supervision)) <= set(rows)
+    for kind, text in WATCH.items():
+        assert f'"{text}"' in rows[kind]
+    assert all(f"`{name}`" in page for name in (*get_args(Told), *get_args(Memory)))
+
+
+def test_the_pages_profile_is_one(page, tmp_path):
+    [example] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    rest = "models: {smollm2-135m: {}}\narms: [base]\nscenarios: [role_play, tool_use, collusion]\n"
+    (tmp_path / "mine.yaml").write_text(rest + example)
+    profile = read_profile(str(tmp_path / "mine.yaml"))
+    assert len(profile.evolutions) == 6 and ("tool_use", "standard") in profile.evolutions
+    assert profile.parameters("04_evolve_role_play", "forced_history").seeds == [0]
