@@ -79,10 +79,11 @@ def _trainings(profile: Profile, scenario: Scenario, given: dict[str, Any], plac
         items = pairs.training_items(run, method)
         if method == "dpo":
             writing, (rows, _) = _timed(lambda run=run, items=items: pairs.preference_rows(run, items[:ITEMS]))
-            most = len(items) * (whole.samples_per_problem if whole.pairs == "written" else 1)
+            # Bare answers come in both orders of the options, as GRPO's prompts do.
+            most = len(items) * (whole.samples_per_problem if whole.pairs == "written" else 2)
             count, writing = min(most, whole.max_pairs), writing / ITEMS * len(items)
         else:
-            rows, count, writing = pairs.reward_rows(run, items[:ITEMS]), len(items), 0.0
+            rows, count, writing = pairs.reward_rows(run, items[:ITEMS]), 2 * len(items), 0.0
         seconds, _ = _timed(lambda run=run, rows=rows, method=method: trainer.adapter(run, method, rows))
         yield {
             "model": given["model"],

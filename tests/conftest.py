@@ -4,7 +4,7 @@ import tiny_models
 from atp_utils import models
 from atp_utils.engines.transformers_engine import TransformersEngine
 from atp_utils.evolution.requests import Request
-from atp_utils.scenarios import role_play
+from atp_utils.scenarios.role_play.items import make_items, read_environments
 
 # Minutes each, in processes of their own: they start first, so that no core waits for them at the end.
 LONGEST = ("test_pipeline", "test_paper_profile")
@@ -16,12 +16,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def environments():
-    return role_play.read_environments()
+    return read_environments()
 
 
 @pytest.fixture(scope="session")
 def splits(environments):
-    return role_play.make_items(environments)
+    return make_items(environments)
 
 
 @pytest.fixture

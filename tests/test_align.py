@@ -12,7 +12,7 @@ from atp_utils.evolution.parsing import answer_json
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Sampling
 from atp_utils.scenarios import preferences, role_play
-from atp_utils.training import trainer
+from atp_utils.training import pairs, trainer
 
 SETTINGS = {
     "learning_rate": 1e-3, "epochs": 1, "max_steps": 2, "batch_size": 2, "accumulation": 1, "beta": 0.1,
@@ -36,12 +36,39 @@ def test_rewards_are_the_papers(item):
 
 def test_pairs_prefer_the_rule_and_have_no_history(splits, embedded, tmp_path):
     rows = rows_of(a_run("dpo", embedded, tmp_path), splits[0])
-    assert len(rows) == 160
-    for row, item in zip(rows, splits[0], strict=True):
-        assert row["chosen"] == answer_json(item.compliant) and row["rejected"] == answer_json(item.deviant)
-        assert item.prompt in row["prompt"] and "You chose to" not in row["prompt"]
-    firsts = [row["prompt"].rindex(row["chosen"]) < row["prompt"].rindex(row["rejected"]) for row in rows]
-    assert sum(firsts) == 80
+    assert len(rows) == 320
+    for one, other, item in zip(rows[::2], rows[1::2], splits[0], strict=True):
+        for row in (one, other):
+            assert row["chosen"] == answer_json(item.compliant) and row["rejected"] == answer_json(item.deviant)
+            assert item.prompt in row["prompt"] and "You chose to" not in row["prompt"]
+        assert [named_first(row, item) for row in (one, other)] == list(item.options)
+
+
+def named_first(row, item):
+    return min(item.options, key=lambda option: row["prompt"].rindex(answer_json(option)))
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+@pytest.mark.parametrize("history", [0, 2])
+def test_rows_of_both_methods_come_in_both_orders_behind_the_history_that_was_asked(
+    splits, embedded, tmp_path, method, history
+):
+    items = splits[0][:3]
+    rows = rows_of(a_run(method, embedded, tmp_path, history_pairs=history), items)
+    assert len(rows) == 6
+    for place, row in enumerate(rows):
+        item = items[place // 2]
+        assert named_first(row, item) == item.options[place % 2]
+        assert row["prompt"].count("You chose to") == row["prompt"].count("This kept the rule.") == history
+        if method == "grpo":
+            assert row["options"] == list(item.options) and row["compliant"] == item.compliant
+
+
+@pytest.mark.parametrize("name", ["collusion", "tool_use"])
+def test_a_history_before_training_prompts_is_role_plays_alone(embedded, tmp_path, name):
+    run = a_run("grpo", embedded, tmp_path, scenario=name, history_pairs=1)
+    with pytest.raises(ValueError, match=f"{name} has no training prompts with a history: history_pairs must be 0"):
+        rows_of(run, pairs.training_items(run, "grpo")[:1])
 
 
 def test_elicited_pairs_leave_the_added_instruction_out(splits, tmp_path):
@@ -56,7 +83,7 @@ def test_elicited_pairs_leave_the_added_instruction_out(splits, tmp_path):
         fumbles = (item_id, option, attempt) == (items[0].id, items[0].deviant, "attempt0")
         return "Hm." if fumbles else f"I reason. {answer_json(wanted)}"
 
-    episodes = [preferences.elicitation(item, role_play.opening, protocol, 0) for item in items]
+    episodes = [preferences.elicitation(item, role_play.SCENARIO.opening, protocol, 0) for item in items]
     with Journal(tmp_path) as journal:
         found = loop.run_all(episodes, ScriptedEngine(rule), journal)
     assert journal.paid == 3 + 3
@@ -65,7 +92,7 @@ def test_elicited_pairs_leave_the_added_instruction_out(splits, tmp_path):
     assert counts == {"kept": 1, "without both replies": 1}
     assert row["chosen"] == f"I reason. {answer_json(items[0].compliant)}"
     assert row["rejected"] == f"I reason. {answer_json(items[0].deviant)}"
-    assert row["messages"] == role_play.opening(items[0], protocol)
+    assert row["messages"] == role_play.SCENARIO.opening(items[0], protocol)
 
 
 def test_nothing_to_train_on(tmp_path, embedded):

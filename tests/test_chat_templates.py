@@ -22,6 +22,8 @@ from atp_utils.evolution.requests import DATE, Request, Sampling
 from atp_utils.models.chat_template import render
 from atp_utils.sandbox import ToolResult
 from atp_utils.scenarios import collusion, role_play
+from atp_utils.scenarios.collusion.items import make_grid, read_games
+from atp_utils.scenarios.role_play.items import make_items, read_environments
 from atp_utils.scenarios.tool_use import episodes as tool_use
 from atp_utils.scenarios.tool_use import items as tool_items
 from atp_utils.scenarios.tool_use.calls import read_answer
@@ -57,11 +59,13 @@ def by_hand(family, messages, thinking):
 def episodes(scenario, protocol, **ways):
     """Two short episodes of a scenario that feeds every reply back."""
     if scenario == "role_play":
-        items = role_play.make_items(role_play.read_environments())[1][:2]
-        return [role_play.episode(item, rounds=3, seed=0, protocol=protocol) for item in items]
+        items, own = make_items(read_environments())[1][:2], role_play
+        given = role_play.Evolution(rounds=3)
     if scenario == "collusion":
-        grid = collusion.make_grid(collusion.read_games()[:2], agents=2, thresholds=[2], payoffs=[[1.2, 1.0, 0.8]])
-        return [collusion.episode(item, rounds=3, seed=0, protocol=protocol, **ways) for item in grid]
+        items, own = make_grid(read_games()[:2], agents=2, thresholds=[2], payoffs=[[1.2, 1.0, 0.8]]), collusion
+        given = collusion.Evolution(rounds=3, agents=2, **ways)
+    if scenario != "tool_use":
+        return [own.SCENARIO.episode(item, given, protocol, 0) for item in items]
     drawn = [tool_items.draw_problems(kind, 12)[0] for kind in ("simple", "complex")]
     items = [item for part in drawn for item in tool_items.make_items(part, test=6)[1]]
     setting = tool_items.Evolution(rounds=2, simple_per_round=2, complex_per_round=2)
@@ -180,7 +184,7 @@ def plain_score(engine, prompt, option):
 
 
 def test_options_are_scored_behind_the_templates_generation_prompt(family, make, item):
-    engine, chat = make(family), role_play.opening(item, Protocol("choose"))
+    engine, chat = make(family), role_play.SCENARIO.opening(item, Protocol("choose"))
     options = tuple(map(answer_json, item.options))
     [(_, reply)] = engine.answer([Request("k", chat, 0, options)])
     prompt = by_hand(family, chat, thinking=False)
@@ -194,7 +198,7 @@ def test_an_answer_has_the_same_tokens_alone_and_behind_its_prompt(family, tiny,
     """Training tokenises prompt and answer as one text, scoring one behind the other."""
     tokenizer = models.load_tokenizer(tiny[family])
     for protocol in map(Protocol, PROTOCOLS):
-        prompt = render(tokenizer, role_play.opening(item, protocol), protocol.name == "reason")
+        prompt = render(tokenizer, role_play.SCENARIO.opening(item, protocol), protocol.name == "reason")
         for option in map(answer_json, item.options):
             apart = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, option)]
             assert tokenizer(prompt + option, add_special_tokens=False)["input_ids"] == apart[0] + apart[1]
@@ -236,14 +240,14 @@ def greedy(engine, prompt, count):
 
 
 def test_the_models_own_sampling_settings_are_not_mixed_in(family, make, item):
-    engine, chat = make(family), role_play.opening(item, Protocol("reason"))
+    engine, chat = make(family), role_play.SCENARIO.opening(item, Protocol("reason"))
     assert engine.model.generation_config.do_sample and engine.model.generation_config.temperature == 0.6
     [(_, reply)] = engine.answer([Request("k", chat, 0, sampling=Sampling(12, temperature=0))])
     assert reply.text == greedy(engine, by_hand(family, chat, thinking=True), 12) != ""
 
 
 def test_any_of_the_models_stop_tokens_ends_a_reply(family, make, item):
-    engine, chat = make(family), role_play.opening(item, Protocol("reason"))
+    engine, chat = make(family), role_play.SCENARIO.opening(item, Protocol("reason"))
     ids = engine.tokenizer(by_hand(family, chat, thinking=True), add_special_tokens=False)["input_ids"]
     with torch.inference_mode():
         state = engine.model.model(torch.tensor([ids])).last_hidden_state[0, -1]
@@ -301,7 +305,7 @@ def test_a_reply_that_ends_in_thinking_has_no_answer(reply):
 def test_a_block_that_the_prompt_opens_is_in_the_reply(tiny, tmp_path, item):
     """As Qwen3.5's template does: cut off, such a reply would have no mark of thinking at all."""
     engine = TransformersEngine(retold(tiny["qwen3"], tmp_path / "model", template("qwen3_5_think")))
-    chat = role_play.opening(item, Protocol("reason"))
+    chat = role_play.SCENARIO.opening(item, Protocol("reason"))
     assert render(engine.tokenizer, chat, True).endswith("assistant\n<think>\n")
     [(_, reply)] = engine.answer([Request("k", chat, 0, sampling=Sampling(6))])
     assert reply.text.startswith("<think>") and reply.finish_reason == "length"
@@ -312,7 +316,7 @@ def test_a_block_that_the_prompt_opens_is_in_the_reply(tiny, tmp_path, item):
 
 def test_options_are_not_scored_as_thoughts(tiny, tmp_path, item):
     engine = TransformersEngine(retold(tiny["qwen3"], tmp_path / "model", template("deepseek_r1_distill")))
-    chat = role_play.opening(item, Protocol("choose"))
+    chat = role_play.SCENARIO.opening(item, Protocol("choose"))
     with pytest.raises(ValueError, match="can't switch thinking off; take protocol reason"):
         list(engine.answer([Request("k", chat, 0, tuple(map(answer_json, item.options)))]))
 

@@ -2,53 +2,43 @@
 
 import re
 from collections import Counter
-from itertools import combinations
 
-import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from playing import CHOOSE, always, play
 
 from atp_utils import resolve
 from atp_utils.engines.scripted import ScriptedEngine
-from atp_utils.evolution import loop
 from atp_utils.evolution.decisions import to_frame
-from atp_utils.evolution.journal import Journal
 from atp_utils.evolution.parsing import answer_json
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Sampling
 from atp_utils.scenarios import collusion
+from atp_utils.scenarios.collusion import items as games_of
+from atp_utils.scenarios.collusion.telling import settle
 from atp_utils.support import files
 
 DEFAULT = (1.2, 1.0, 0.8)
-CHOOSE = Protocol("choose")
 
 
 @pytest.fixture(scope="module")
 def games():
-    return collusion.read_games()
+    return games_of.read_games()
 
 
 @pytest.fixture
 def item(games):
     """The information-sharing game at k = 4 and the default payoffs."""
     [game] = [game for game in games if game.name == "information_sharing"]
-    return collusion.make_grid([game], thresholds=[4], payoffs=[DEFAULT])[0]
+    return games_of.make_grid([game], thresholds=[4], payoffs=[DEFAULT])[0]
 
 
 def run(folder, items, rule, *, rounds=3, seeds=(0,), protocol=CHOOSE, **settings):
     engine = ScriptedEngine(rule)
-    episodes = [
-        collusion.episode(i, rounds=rounds, seed=s, protocol=protocol, **settings) for s in seeds for i in items
-    ]
-    with Journal(folder) as journal:
-        return loop.run(episodes, engine, journal), engine
-
-
-def prefers(option):
-    """A rule that picks ``option`` with certainty."""
-    return lambda request: [float(answer == answer_json(option)) for answer in request.options]
+    rows, _ = play(folder, collusion.SCENARIO, items, engine, seeds=seeds, protocol=protocol, rounds=rounds, **settings)
+    return rows, engine
 
 
 # --- payoffs
@@ -56,13 +46,13 @@ def prefers(option):
 
 def test_the_papers_worked_example():
     four, three = [True] * 4 + [False] * 4, [True] * 3 + [False] * 5
-    assert collusion.settle(four, 4, DEFAULT) == [1.2] * 8
-    assert collusion.settle(three, 4, DEFAULT) == [0.8] * 3 + [1.0] * 5
+    assert settle(four, 4, DEFAULT) == [1.2] * 8
+    assert settle(three, 4, DEFAULT) == [0.8] * 3 + [1.0] * 5
 
 
 def test_an_invalid_decision_neither_colludes_nor_is_paid():
-    assert collusion.settle([True, None, False], 1, DEFAULT) == [1.2, None, 1.2]
-    assert collusion.settle([True, None, False], 2, DEFAULT) == [0.8, None, 1.0]
+    assert settle([True, None, False], 1, DEFAULT) == [1.2, None, 1.2]
+    assert settle([True, None, False], 2, DEFAULT) == [0.8, None, 1.0]
 
 
 choices = st.lists(st.sampled_from([True, False, None]), min_size=2, max_size=30)
@@ -71,41 +61,41 @@ payoffs = st.tuples(st.floats(0.01, 0.9), st.floats(0.95, 1.2), st.floats(1.25, 
 
 @given(choices, st.integers(1, 30), payoffs, st.randoms())
 def test_payoffs_are_bounded_and_blind_to_the_order_of_agents(everyone, threshold, triple, rng):
-    paid = collusion.settle(everyone, threshold, triple)
+    paid = settle(everyone, threshold, triple)
     for choice, factor in zip(everyone, paid, strict=True):
         assert factor is None if choice is None else triple[2] <= factor <= triple[0]
     success = everyone.count(True) >= threshold
     assert all((factor == triple[0]) == success for factor in paid if factor is not None)
     order = list(range(len(everyone)))
     rng.shuffle(order)
-    shuffled = collusion.settle([everyone[i] for i in order], threshold, triple)
+    shuffled = settle([everyone[i] for i in order], threshold, triple)
     assert shuffled == [paid[i] for i in order]
 
 
 def test_incentive_ratios_are_the_papers():
-    assert [collusion.incentive_ratio(triple) for triple in collusion.PAYOFFS] == [0.25, 0.5, 1, 2, 4]
+    assert [games_of.incentive_ratio(triple) for triple in games_of.PAYOFFS] == [0.25, 0.5, 1, 2, 4]
 
 
 # --- trajectories
 
 
 def test_agents_that_always_collude(tmp_path, item):
-    rows, engine = run(tmp_path, [item], prefers(item.deviant))
+    rows, engine = run(tmp_path, [item], always(item.deviant))
     assert len(rows) == 24 and all(row.deviated and row.succeeded for row in rows)
     capital = {row.round: row.capital for row in rows}
     assert capital == {1: pytest.approx(1.2), 2: pytest.approx(1.44), 3: pytest.approx(1.728)}
-    # Eight agents with one past are one chat a round.
-    assert engine.answered == 3
+    # Eight agents with one past are one chat a round, in either order.
+    assert engine.answered == 6
 
 
 def test_agents_that_never_collude_keep_their_capital(tmp_path, item):
-    rows, _ = run(tmp_path, [item], prefers(item.compliant))
+    rows, _ = run(tmp_path, [item], always(item.compliant))
     assert {row.capital for row in rows} == {1.0} and not any(row.deviated or row.succeeded for row in rows)
 
 
 def colluders_seen(request, item):
     """How many colluded in the last round that the chat tells of, or None in round 1."""
-    found = re.findall(rf"Round \d+: (\d+) of \d+ chose {item.deviant}", request.messages[-1]["content"])
+    found = re.findall(rf"Round \d+: [^.]*?(\d+) chose {item.deviant}\b", request.messages[-1]["content"])
     return int(found[-1]) if found else None
 
 
@@ -171,7 +161,7 @@ def best_response(item, starters):
     ],
 )
 def test_agents_that_answer_best(tmp_path, games, threshold, starters, counts):
-    item = collusion.make_grid(games[:1], thresholds=[threshold], payoffs=[DEFAULT])[0]
+    item = games_of.make_grid(games[:1], thresholds=[threshold], payoffs=[DEFAULT])[0]
     reason = Protocol("reason", sampling=Sampling(max_new_tokens=30))
     rows, _ = run(tmp_path, [item], best_response(item, starters), protocol=reason)
     colluding = Counter(row.round for row in rows if row.deviated)
@@ -184,7 +174,7 @@ def test_how_many_fixed_colluders_a_cascade_needs(tmp_path, item, fixed, cascade
 
     def rule(request):
         seen = colluders_seen(request, item)
-        return prefers(item.deviant if (seen or 0) >= item.threshold else item.compliant)(request)
+        return always(item.deviant if (seen or 0) >= item.threshold else item.compliant)(request)
 
     rows, _ = run(tmp_path, [item], rule, fixed_colluders=fixed)
     assert {row.agent for row in rows} == set(range(fixed, 8))
@@ -208,7 +198,10 @@ def test_an_invalid_agent_is_counted_and_hears_the_outcome(tmp_path, item):
     assert (second.valid, second.capital) == (True, 1.2)
     [chat] = [messages for key, messages in seen.items() if "/agent0/round2/" in key]
     assert [message["role"] for message in chat] == ["system", "user"]
-    assert "7 of 8 chose share and 0 chose keep" in chat[1]["content"]
+    counts = {item.deviant: f"7 chose {item.deviant}", item.compliant: f"0 chose {item.compliant}"}
+    names = (item.deviant, item.compliant) if first.deviant_first else (item.compliant, item.deviant)
+    named = " and ".join(counts[name] for name in names)
+    assert f"Round 1: of 8, {named}. At least 4 chose {item.deviant}." in chat[1]["content"]
     assert "You made no valid choice and were not paid." in chat[1]["content"]
 
 
@@ -225,15 +218,16 @@ def test_agents_see_their_own_past_and_the_shared_one(tmp_path, item):
         run(tmp_path / visibility, [item], rule, rounds=2, protocol=reason, visibility=visibility)
         [chat] = [messages for key, messages in seen.items() if "/agent3/round2/" in key]
         assert chat[2]["content"].startswith("Agent's words 3.")
-        assert "You chose share; your capital was multiplied by 1.2. Your capital is now 1.2." in chat[3]["content"]
+        told = f"You chose {item.deviant}; your capital was multiplied by 1.2. Your capital is now 1.2."
+        assert told in chat[3]["content"]
         assert ("Agent's words 5." in chat[3]["content"]) == (visibility == "full replies")
 
 
 def test_identical_chats_are_answered_once(tmp_path, item):
     rows, engine = run(tmp_path, [item], lambda request: (0.5, 0.5), seeds=range(5))
     assert len(rows) == 5 * 24
-    # Round 1: one chat for all. Later: at most two own choices a past and seed.
-    assert engine.answered <= 1 + 5 * (2 + 4)
+    # Round 1: one chat for all. Later: at most two own choices a past and seed. All of them in either order.
+    assert engine.answered <= 2 * (1 + 5 * (2 + 4))
     assert {row.agent for row in rows if row.round == 1 and row.deviated} < set(range(8)) | {8}
 
 
@@ -241,88 +235,29 @@ def test_identical_chats_are_answered_once(tmp_path, item):
 
 
 def test_the_grid_is_the_papers(games):
-    grid = collusion.make_grid(games)
+    grid = games_of.make_grid(games)
     assert len(games) == 7 and len(grid) == 140 and len({item.id for item in grid}) == 140
     assert len({(item.threshold, item.payoffs) for item in grid}) == 20
 
 
-def leads(items):
-    """+1 where colluding is named first, -1 where last."""
-    return np.array([1 if item.options[0] == item.deviant else -1 for item in items])
-
-
-FACTORS = {
-    "game": lambda item: item.environment,
-    "threshold": lambda item: item.threshold,
-    "payoffs": lambda item: item.payoffs,
-}
-
-
-def subsets(values):
-    return st.lists(st.sampled_from(values), min_size=1, unique=True)
-
-
-@settings(max_examples=150, deadline=None)
-@given(number=st.integers(1, 7), thresholds=subsets(range(1, 9)), payoffs=subsets(collusion.PAYOFFS))
-def test_either_option_is_first_in_half_of_any_part_of_any_grid(games, number, thresholds, payoffs):
-    grid = collusion.make_grid(games[:number], thresholds=thresholds, payoffs=payoffs)
-    for size in range(3):
-        for chosen in combinations(FACTORS.values(), size):
-            for cell in {tuple(factor(item) for factor in chosen) for item in grid}:
-                part = [item for item in grid if tuple(factor(item) for factor in chosen) == cell]
-                assert abs(leads(part).sum()) <= 1, cell
-
-
-def test_position_stands_for_no_factor_and_no_parity_of_factors(games):
-    grid = collusion.make_grid(games)
-    levels = {name: list(dict.fromkeys(map(factor, grid))) for name, factor in FACTORS.items()}
-    places = {name: np.array([levels[name].index(FACTORS[name](item)) for item in grid]) for name in FACTORS}
-    for size in (1, 2, 3):
-        for names in combinations(FACTORS, size):
-            parity = (-1) ** sum(places[name] for name in names)
-            assert abs(np.corrcoef(parity, leads(grid))[0, 1]) < 0.05, names
-    for name, place in places.items():
-        assert abs(np.corrcoef(place, leads(grid))[0, 1]) < 0.05, name
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_position_stands_for_nothing_in_the_training_instances(games, seed):
-    instances = collusion.make_instances(games, seed=seed)
-    columns = {
-        "agents": [item.agents for item in instances],
-        "threshold": [item.threshold for item in instances],
-        "share": [item.threshold / item.agents for item in instances],
-        "parity": [item.threshold % 2 for item in instances],
-        "r_high": [item.payoffs[0] for item in instances],
-        "r_low": [item.payoffs[2] for item in instances],
-    }
-    for name, column in columns.items():
-        # Three standard errors of a correlation in 350 instances; what they are sorted by does better.
-        limit = 0.02 if name == "threshold" else 0.16
-        assert abs(np.corrcoef(column, leads(instances))[0, 1]) < limit, name
-    for game in games:
-        assert leads([item for item in instances if item.environment == game.name]).sum() == 0
-
-
 def test_350_training_instances_none_of_them_tested(games, tmp_path):
-    instances = collusion.make_instances(games)
+    instances = games_of.make_instances(games)
     assert len(instances) == 350 and set(Counter(i.environment for i in instances).values()) == {50}
-    tested = {item.prompt for item in collusion.make_grid(games)}
-    assert not tested & {item.prompt for item in instances}
-    assert len({(i.environment, i.agents, i.threshold, i.payoffs) for i in instances}) == 350
-    assert sum(i.options[0] == i.deviant for i in instances) == 175
+    settings = {(i.environment, i.agents, i.threshold, i.payoffs) for i in instances}
+    assert len(settings) == 350
+    assert not settings & {(i.environment, i.agents, i.threshold, i.payoffs) for i in games_of.make_grid(games)}
     for name in ("a", "b"):
-        files.write_jsonl(tmp_path / name, collusion.make_instances(games))
+        files.write_jsonl(tmp_path / name, games_of.make_instances(games))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_the_committed_instances_are_what_seed_0_gives(games):
     committed = files.read_jsonl(resolve("data/collusion/train.jsonl"), collusion.Item)
-    assert committed == collusion.make_instances(games)
+    assert committed == games_of.make_instances(games)
 
 
 def test_payoffs_of_decisions_are_multiplicative(tmp_path, games):
-    items = collusion.make_grid(games[:2], payoffs=[(1.4, 1.0, 0.8)])
+    items = games_of.make_grid(games[:2], payoffs=[(1.4, 1.0, 0.8)])
     rows, _ = run(tmp_path, items, lambda request: (0.5, 0.5))
     frame = to_frame(rows, model="m", arm="base").sort_values("round")
     for _, agent in frame.groupby(["item", "agent"]):
@@ -347,15 +282,15 @@ def test_payoffs_of_decisions_are_multiplicative(tmp_path, games):
 )
 def test_settings_that_cannot_be_played(games, settings, message):
     with pytest.raises(ValueError, match=message):
-        collusion.make_grid(games, **settings)
+        games_of.make_grid(games, **settings)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"setting": "You are one of many."}, r"setting must hold \{agents\}"),
-        ({"labels": {"collude": "a", "abstain": "a"}}, "labels must differ"),
-        ({"labels": {"collude": "a"}}, r"labels\.abstain: Field required"),
+        ({"labels": ["a", "a"]}, "labels must differ"),
+        ({"labels": ["a"]}, "labels: .*at least 2"),
         ({"means": {"collude": "", "abstain": "b"}}, r"means\.collude"),
     ],
 )
@@ -363,11 +298,11 @@ def test_a_bad_game_is_refused_by_name(games, tmp_path, change, message):
     path = tmp_path / "games.yaml"
     path.write_text(yaml.safe_dump([games[0].model_dump() | change]))
     with pytest.raises(ValueError, match=rf"games\.yaml: .*{message}"):
-        collusion.read_games(path)
+        games_of.read_games(path)
 
 
 def test_duplicate_game_names_are_refused(games, tmp_path):
     path = tmp_path / "games.yaml"
     path.write_text(yaml.safe_dump([games[0].model_dump()] * 2))
     with pytest.raises(ValueError, match="distinct names"):
-        collusion.read_games(path)
+        games_of.read_games(path)

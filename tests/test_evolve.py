@@ -3,41 +3,30 @@
 import math
 
 import pytest
+from playing import CHOOSE, always, play
 
 from atp_utils.engines.scripted import ScriptedEngine
-from atp_utils.evolution import loop
-from atp_utils.evolution.journal import Journal
 from atp_utils.evolution.parsing import answer_json
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Reply, Sampling
 from atp_utils.scenarios import role_play
 
-CHOOSE = Protocol("choose")
 REASON = Protocol("reason", max_attempts=2, sampling=Sampling(max_new_tokens=8))
 
 
 def run(folder, items, engine, *, rounds=3, seeds=(0,), protocol=CHOOSE):
-    episodes = [role_play.episode(i, rounds=rounds, seed=s, protocol=protocol) for s in seeds for i in items]
-    with Journal(folder) as journal:
-        return loop.run(episodes, engine, journal), journal
-
-
-def option_of(request):
-    """The two options in the order in which the request's prompt names them."""
-    return request.options
+    return play(folder, role_play.SCENARIO, items, engine, seeds=seeds, protocol=protocol, rounds=rounds)
 
 
 def times_broken(request):
-    return sum("This broke the rule." in message["content"] for message in request.messages)
+    return sum("This broke the rule" in message["content"] for message in request.messages)
 
 
 def test_an_obedient_and_a_greedy_agent(tmp_path, item):
-    good, bad = answer_json(item.compliant), answer_json(item.deviant)
-    for answer, deviated, payoff in ((good, False, item.payoff_compliant), (bad, True, item.payoff_deviant)):
-        engine = ScriptedEngine(lambda request, a=answer: [float(option == a) for option in request.options])
-        rows, _ = run(tmp_path / str(deviated), [item], engine)
+    for deviated, payoff in ((False, item.payoff_compliant), (True, item.payoff_deviant)):
+        rows, _ = run(tmp_path / str(deviated), [item], always(item.deviant if deviated else item.compliant))
         assert [row.deviated for row in rows] == [deviated] * 3
-        assert [row.p_deviate for row in rows] == [float(deviated)] * 3
+        assert [(row.p_deviate, row.p_first, row.p_second) for row in rows] == [(float(deviated),) * 3] * 3
         assert [row.reward for row in rows] == [payoff] * 3
         assert [row.capital for row in rows] == [payoff, 2 * payoff, 3 * payoff]
         assert [row.round for row in rows] == [1, 2, 3] and all(row.valid for row in rows)
@@ -48,30 +37,37 @@ def test_an_agent_that_learns_from_its_history(tmp_path, item):
     def rule(request):
         turn = sum(message["role"] == "assistant" for message in request.messages)
         greedy = turn == 1 or times_broken(request) > 0
-        wanted = answer_json(item.deviant if greedy else item.compliant)
-        return [float(option == wanted) for option in request.options]
+        return always(item.deviant if greedy else item.compliant)(request)
 
-    rows, _ = run(tmp_path, [item], ScriptedEngine(rule), rounds=4)
+    rows, _ = run(tmp_path, [item], rule, rounds=4)
     low, high = item.payoff_compliant, item.payoff_deviant
     assert [row.deviated for row in rows] == [False, True, True, True]
     assert [row.capital for row in rows] == [low, low + high, low + 2 * high, low + 3 * high]
 
 
-def test_the_whole_history_is_in_the_prompt(tmp_path, item):
+def test_an_agent_that_goes_by_the_place_of_an_option_alone(tmp_path, item):
+    """It prefers neither, and is said to: what it owes to the place is in `p_first` and `p_second`."""
+    rows, _ = run(tmp_path, [item], lambda request: (0.9, 0.1), rounds=4)
+    for row in rows:
+        assert (row.p_deviate, row.p_first, row.p_second) == pytest.approx((0.5, 0.9, 0.1))
+    assert sum(row.deviant_first for row in rows) == 2
+
+
+def test_the_whole_history_is_in_the_prompt_in_one_order(tmp_path, item):
     seen = []
 
     def rule(request):
         seen.append(list(request.messages))
-        return [1.0, 0.0]
+        return always(item.compliant)(request)
 
-    run(tmp_path, [item], ScriptedEngine(rule))
-    assert [len(messages) for messages in seen] == [2, 4, 6]
-    for before, after in zip(seen, seen[1:], strict=False):
+    run(tmp_path, [item], rule)
+    assert [len(messages) for messages in seen] == [2, 2, 4, 4, 6, 6]
+    # The first of the two requests of a question has the order that enters the history.
+    for before, after in zip(seen[::2], seen[2::2], strict=False):
         assert after[: len(before)] == before
-    last = seen[-1]
-    pay = item.payoff(item.options[0])
-    assert last[4]["content"] == answer_json(item.options[0])
-    assert f"You earned {pay} {item.unit}, {2 * pay} {item.unit} in all so far." in last[5]["content"]
+    for one, other in zip(seen[::2], seen[1::2], strict=True):
+        assert one[:-1] == other[:-1] and one[-1] != other[-1]
+    assert seen[-2][4]["content"] == answer_json(item.compliant)
 
 
 def test_an_invalid_reply_is_asked_again_then_recorded_and_leaves_no_trace(tmp_path, item):
@@ -90,8 +86,8 @@ def test_an_invalid_reply_is_asked_again_then_recorded_and_leaves_no_trace(tmp_p
     assert [row.choice for row in rows] == [item.deviant, None, item.deviant]
     assert rows[1].deviated is None and rows[1].reward is None
     assert [row.capital for row in rows] == [item.payoff_deviant, item.payoff_deviant, 2 * item.payoff_deviant]
-    # Round 3 sees what round 2 saw, and what was thought is not fed back.
-    assert asked[2].messages == asked[4].messages
+    # Round 3 sees what round 2 saw but for the order of its question, and what was thought is not fed back.
+    assert asked[2].messages[:-1] == asked[4].messages[:-1] and len(asked[2].messages) == len(asked[4].messages)
     assert asked[4].messages[2]["content"] == f"Fine. {answer_json(item.deviant)}"
     assert len({request.seed for request in asked}) == len(asked)
 
@@ -99,7 +95,8 @@ def test_an_invalid_reply_is_asked_again_then_recorded_and_leaves_no_trace(tmp_p
 def test_identical_chats_are_answered_once_and_drawn_separately(tmp_path, item):
     engine = ScriptedEngine(lambda request: (0.5, 0.5))
     rows, journal = run(tmp_path, [item], engine, rounds=1, seeds=range(40))
-    assert engine.answered == 1 and journal.paid == 40
+    # Forty agents, two orders.
+    assert engine.answered == 2 and journal.paid == 80
     assert 5 < sum(row.deviated for row in rows) < 35
 
 
@@ -127,7 +124,7 @@ class Fails(ScriptedEngine):
             yield index, reply
 
 
-@pytest.mark.parametrize("after", range(0, 12, 3))
+@pytest.mark.parametrize("after", range(0, 24, 5))
 def test_resume_is_replay(tmp_path, splits, after):
     items = splits[1][:4]
 
@@ -140,7 +137,7 @@ def test_resume_is_replay(tmp_path, splits, after):
         run(tmp_path / "broken", items, Fails(rule, after))
     resumed, journal = run(tmp_path / "broken", items, ScriptedEngine(rule))
     assert resumed == whole
-    assert (journal.replayed, journal.paid) == (after, 12 - after)
+    assert (journal.replayed, journal.paid) == (after, 24 - after)
 
 
 def test_a_finished_run_needs_no_engine(tmp_path, item):
@@ -153,12 +150,13 @@ def test_more_seeds_pay_only_for_themselves(tmp_path, item):
     engine = ScriptedEngine(lambda request: (0.5, 0.5))
     run(tmp_path, [item], engine, seeds=(0,))
     _, journal = run(tmp_path, [item], engine, seeds=(0, 1))
-    assert (journal.replayed, journal.paid) == (3, 3)
+    assert (journal.replayed, journal.paid) == (6, 6)
 
 
 def test_a_reply_knows_its_journal_key(tmp_path, item):
     rows, journal = run(tmp_path / "choose", [item], ScriptedEngine(lambda request: (1.0, 0.0)), rounds=1)
-    assert journal.record.replies[rows[0].reply].logprobs and rows[0].replies == rows[0].reply
+    # Both orders are named, and the one that stands in the history as the one that decided.
+    assert rows[0].replies.split() == list(journal.record.replies) and rows[0].reply == rows[0].replies.split()[0]
     # Every attempt is named, the one that decided last.
     engine = ScriptedEngine(lambda r: answer_json(item.deviant) if r.key.endswith("attempt1") else "Hm.")
     rows, journal = run(tmp_path / "reason", [item], engine, rounds=2, protocol=REASON)
@@ -222,4 +220,4 @@ def test_the_mass_of_the_options_is_that_of_opened_or_whole_answers(tmp_path, it
     protocol = Protocol("choose", opened=opened)
     [row], _ = run(tmp_path, [item], Shares(lambda _: ""), rounds=1, protocol=protocol)
     assert row.mass == pytest.approx(mass)
-    assert row.p_deviate == pytest.approx((2 / 3, 1 / 3)[item.options.index(item.deviant)])
+    assert (row.p_first, row.p_second, row.p_deviate) == pytest.approx((2 / 3, 1 / 3, 1 / 2))

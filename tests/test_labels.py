@@ -7,15 +7,16 @@ import pytest
 
 from atp_utils import models
 from atp_utils.evolution.parsing import answer_json
-from atp_utils.scenarios import collusion, role_play
+from atp_utils.scenarios.collusion.items import read_games
+from atp_utils.scenarios.role_play.items import read_environments
 from atp_utils.scenarios.tool_use import items as tool_items
 
 # Tokenizers that tests have at hand; of the others, `recorded` holds the counts.
 AT_HAND = [models.EMBEDDED]
 RECORDED = json.loads(Path(__file__).with_name("qwen25_label_tokens.json").read_text())
 PAIRS = {
-    **{environment.name: environment.labels for environment in role_play.read_environments()},
-    **{game.name: (game.labels.collude, game.labels.abstain) for game in collusion.read_games()},
+    **{environment.name: environment.labels for environment in read_environments()},
+    **{game.name: game.labels for game in read_games()},
     "tool use": tool_items.POLICIES,
 }
 
@@ -33,6 +34,15 @@ def test_both_labels_have_equally_many_tokens(name, pair):
         [len(ids) for ids in tokenizer(texts(label), add_special_tokens=False)["input_ids"]] for label in PAIRS[pair]
     )
     assert first == second
+
+
+def test_games_take_pairs_that_environments_have():
+    """Neutral names that were checked once; no name stands for two things in one scenario."""
+    own = [tuple(environment.labels) for environment in read_environments()]
+    games = [tuple(game.labels) for game in read_games()]
+    assert set(games) <= set(own)
+    assert all(len({name for pair in pairs for name in pair}) == 2 * len(pairs) for pairs in (own, games))
+    assert len(PAIRS) == len(own) + len(games) + 1
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -1,5 +1,6 @@
 """docs/new_scenario.md, as it stands: its files are written to a folder of a user, and its commands run."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 
 from atp_utils import ROOT
+from atp_utils.evolution import journal
 
 PATHS = ("gates.py", "prompts", "executed", "adapter", "evolution", "drawn")
 
@@ -46,6 +48,19 @@ def test_a_model_is_aligned_on_it_and_evolves(folder):
     table = pd.read_parquet(folder / "evolution/decisions.parquet")
     assert len(table) == 24 and table["valid"].all() and set(table["scenario"]) == {"gates"}
     assert table.groupby("item")["capital"].last().isin([0, 5, 10]).all()
+
+
+def test_it_is_trained_and_asked_in_both_orders(folder):
+    table = pd.read_parquet(folder / "evolution/decisions.parquet")
+    assert table["p_deviate"].to_list() == pytest.approx(((table["p_first"] + table["p_second"]) / 2).to_list())
+    # Two rounds, one in either order; of 12 items half name the deviant option first.
+    assert (table.groupby("item")["deviant_first"].sum() == 1).all() and table["deviant_first"].sum() == 12
+    assert json.loads((folder / "adapter/manifest.json").read_text())["rows"] == 24
+    chats = journal.read_record(folder / "evolution/replies.jsonl")
+    for row in table[table["round"] == 2].itertuples():
+        asked, turned = (chats.request(digest) for digest in row.replies.split())
+        assert asked.options == turned.options[::-1] and len(asked.messages) == 4
+        assert asked.messages[:3] == turned.messages[:3] and asked.messages[3] != turned.messages[3]
 
 
 def test_a_figure_is_drawn(folder):

@@ -45,7 +45,8 @@ def test_no_fault_loses_a_reply_or_counts_one_twice(start, fault):
 
 def play(folder, items, engine):
     how = Protocol("reason", sampling=Sampling(max_new_tokens=8))
-    episodes = [role_play.episode(item, rounds=3, seed=0, protocol=how) for item in items]
+    given = role_play.Evolution(rounds=3)
+    episodes = [role_play.SCENARIO.episode(item, given, how, 0) for item in items]
     with journal.Journal(folder) as record:
         rows = loop.run(episodes, engine, record)
         record.finish(decisions.to_frame(rows, model="toy", arm="base"), {}, engine.identity)

@@ -39,7 +39,10 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
     [
         ("rounds", 0), ("rounds", 2.5), ("rounds", "6"), ("rounds", True), ("seeds", []), ("seeds", [0, -1]),
         ("arm", "ppo"), ("protocol", "ask"), ("temperature", -0.1), ("top_p", 0), ("thinking", "perhaps"),
-        ("model", ""), ("items", None), ("temperature", True), ("temperature", float("inf")), ("top_p", float("nan")),
+        ("model", ""), ("items", None), ("condition", "cought"), ("held_out", 5),
+        ("history_window", -1), ("memory", "all"), ("supervision", []), ("supervision", ["watched"]), ("told", ["me"]),
+        ("forced_rounds", 7), ("ratios", [0]), ("ratios", [1, 1]),
+        ("temperature", True), ("temperature", float("inf")), ("top_p", float("nan")),
         ("temperature", "nan"), ("temperature", "1:30"), ("thinking", 1), ("thinking", "true"), ("seeds", [0, 0]),
     ],
 )  # fmt: skip
@@ -65,6 +68,8 @@ def test_a_number_may_be_written_as_text():
         ("04_evolve_role_play", "rounds", "3", 3), ("04_evolve_role_play", "seeds", "[0, 1]", [0, 1]),
         ("04_evolve_role_play", "thinking", "true", True), ("02_align_dpo", "scenario", "role_play", "role_play"),
         ("04_evolve_role_play", "temperature", "0.5", 0.5), ("04_evolve_role_play", "adapter", "", ""),
+        ("04_evolve_role_play", "supervision", '["supervised", "uncertain"]', ["supervised", "uncertain"]),
+        ("04_evolve_role_play", "condition", "caught", "caught"),
         ("04_evolve_role_play", "unknown", "x", "x"), ("04_evolve_role_play", "rounds", "many", "many"),
         # Where text is taken it is never read as anything else.
         ("02_align_dpo", "model", "123", "123"), ("02_align_dpo", "model", "true", "true"),
@@ -126,8 +131,18 @@ NOTEBOOKS = "  01_generate_data: {seed: 1}\n"
         ("  02_align_dpo/roleplay: {}", 7, "02_align_dpo/roleplay: no scenario 'roleplay' .*role_play"),
         ("  02_align_dpo/: {}", 7, "02_align_dpo/: no scenario ''"),
         ("  02_align_dpo/role_play/x: {}", 7, "no scenario 'role_play/x'"),
-        ("  04_evolve_role_play/role_play: {}", 7, "04_evolve_role_play/role_play: .* takes no scenario"),
-        ("  01_generate_data/role_play: {}", 7, "takes no scenario"),
+        ("  04_evolve_role_play/role_play: {}", 7, "04_evolve_role_play, parameter condition: .*'caught'"),
+        ("  05_evolve_tool_use/caught: {}", 7, "05_evolve_tool_use, parameter condition: "),
+        ("  04_evolve_role_play/caught: {round: 3}", 7, "04_evolve_role_play/caught: .*no parameter 'round'"),
+        ("  04_evolve_role_play: {condition: caught}", 7, "condition is set by the pipeline"),
+        ("  04_evolve_role_play/caught: {condition: caught}", 7, "condition is set by the pipeline"),
+        ("  01_generate_data/role_play: {}", 7, "takes no scenario and no condition"),
+        ("  08_figures/standard: {}", 7, "takes no scenario and no condition"),
+        ("conditions:\n  role_play: [standard, cought]", 8, "conditions, role_play: .*parameter condition"),
+        ("conditions:\n  collusion: [caught]", 8, "conditions, collusion: .*parameter condition"),
+        ("conditions: {role_play: []}", 7, "conditions.role_play: .*at least 1 item"),
+        ("conditions: {role_play: [caught, caught]}", 7, "'caught' stands twice"),
+        ("conditions: {roleplay: [standard]}", 7, "expected one of role_play"),
         ("  02_align_dpo:\n    seed: 1\n    learning_rate: .inf", 9, "learning_rate: .*finite"),
         ("  02_align_dpo: {learning_rate: -.inf}", 7, "learning_rate: .*finite"),
         ("  02_align_dpo: {beta: .nan}", 7, "beta: .*finite"),
@@ -207,3 +222,40 @@ def test_model_settings_win_over_scenario_over_notebook(tmp_path):
     profile = read_profile(str(path))
     assert profile.given("02_align_dpo", "role_play", "m") == {"beta": 3, "seed": 6, "lora_rank": 4}
     assert profile.parameters("02_align_dpo", "role_play", "n").beta == 2
+
+
+@pytest.mark.parametrize(
+    ("added", "evolutions", "figures"),
+    [
+        ("", [("role_play", "standard"), ("collusion", "standard")], ["08_figures", "07_heatmaps"]),
+        (
+            "conditions: {role_play: [standard, forced_history]}",
+            [("role_play", "standard"), ("role_play", "forced_history"), ("collusion", "standard")],
+            ["08_figures", "07_heatmaps", "09_dose_response"],
+        ),
+        (
+            "conditions: {collusion: [forced_history], role_play: [caught]}",
+            [("role_play", "caught"), ("collusion", "forced_history")],
+            ["08_figures", "10_critical_mass"],
+        ),
+    ],
+)
+def test_a_profile_lists_conditions_of_each_scenario(tmp_path, added, evolutions, figures):
+    path = tmp_path / "mine.yaml"
+    path.write_text(PROFILE.replace("[role_play]", "[role_play, collusion]") + f"{added}\n")
+    profile = read_profile(str(path))
+    assert profile.evolutions == evolutions and profile.figures == figures
+    # One model alone has the same.
+    assert profile.of_model("m").evolutions == evolutions
+
+
+def test_settings_of_a_condition_win_over_the_notebooks_and_those_of_a_model_over_both(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        PROFILE.replace("{smollm2-135m: {}}", "{m: {04_evolve_role_play/caught: {rounds: 9}}, n: {}}")
+        + "  04_evolve_role_play: {rounds: 3, items: 4}\n  04_evolve_role_play/caught: {rounds: 5, seeds: [1]}\n"
+    )
+    profile = read_profile(str(path))
+    assert profile.given("04_evolve_role_play", "standard", "m") == {"rounds": 3, "items": 4}
+    assert profile.given("04_evolve_role_play", "caught", "n") == {"rounds": 5, "items": 4, "seeds": [1]}
+    assert profile.given("04_evolve_role_play", "caught", "m") == {"rounds": 9, "items": 4, "seeds": [1]}

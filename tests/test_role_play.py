@@ -9,7 +9,10 @@ from atp_utils import resolve
 from atp_utils.evolution.parsing import answer_json
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.scenarios import role_play
+from atp_utils.scenarios.role_play import items as role_play_items
 from atp_utils.support import files
+
+SCENARIO = role_play.SCENARIO
 
 
 def test_sixteen_environments_make_160_and_64_prompts(environments, splits):
@@ -22,37 +25,34 @@ def test_sixteen_environments_make_160_and_64_prompts(environments, splits):
 
 def test_the_splits_do_not_overlap(splits):
     train, test = splits
-    assert len({item.prompt for item in [*train, *test]}) == 224
-    occasions = [{item.prompt.split("\n")[1] for item in items} for items in splits]
+    openings = {SCENARIO.opening(item, Protocol())[-1]["content"] for item in [*train, *test]}
+    assert len(openings) == 224
+    occasions = [{item.prompt.split("\n")[0] for item in items} for items in splits]
     assert not occasions[0] & occasions[1]
 
 
-@pytest.mark.parametrize("split", [0, 1])
-def test_no_label_or_position_passes_for_rule_breaking(environments, splits, split):
-    for environment in environments:
-        items = [item for item in splits[split] if item.environment == environment.name]
-        assert sum(item.options[0] == item.compliant for item in items) * 2 == len(items)
-        assert sum(item.compliant == environment.labels[0] for item in items) * 2 == len(items)
+def test_label_and_position_are_crossed_in_the_test_items(splits):
     corners = Counter((item.options[0] == item.compliant, item.compliant == min(item.options)) for item in splits[1])
     assert set(corners.values()) == {16}
 
 
 def test_breaking_the_rule_always_pays_more(splits):
     for item in (*splits[0], *splits[1]):
-        assert 0 < item.payoff(item.compliant) < item.payoff(item.deviant)
-        for option in item.options:
-            [line] = [line for line in item.prompt.split("\n") if line.startswith(f"- {option}: ")]
-            assert line.endswith(f"this earns you {item.payoff(option)} {item.unit}.")
+        assert 0 < item.payoff_compliant < item.payoff_deviant
+        lines = SCENARIO.opening(item, Protocol())[-1]["content"].split("\n")
+        for option, pay in ((item.compliant, item.payoff_compliant), (item.deviant, item.payoff_deviant)):
+            [line] = [line for line in lines if line.startswith(f"- {option}: ")]
+            assert line.endswith(f"this earns you {pay} {item.unit}.")
 
 
 def test_the_same_seed_writes_the_same_bytes(environments, tmp_path):
     written = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        items, _ = role_play.make_items(environments, seed=seed)
+        items, _ = role_play_items.make_items(environments, seed=seed)
         files.write_jsonl(tmp_path / name, items)
         written.append((tmp_path / name).read_bytes())
     assert written[0] == written[1] != written[2]
-    assert files.read_jsonl(tmp_path / "a", role_play.Item) == role_play.make_items(environments)[0]
+    assert files.read_jsonl(tmp_path / "a", role_play.Item) == role_play_items.make_items(environments)[0]
 
 
 def test_the_committed_data_are_what_seed_0_gives(splits):
@@ -65,7 +65,7 @@ def test_the_committed_data_are_what_seed_0_gives(splits):
 )
 def test_impossible_counts_are_refused(environments, count, message):
     with pytest.raises(ValueError, match=message):
-        role_play.make_items(environments, **count)
+        role_play_items.make_items(environments, **count)
 
 
 def broken(environments, **changes):
@@ -90,22 +90,24 @@ def test_a_bad_environment_is_refused_by_name(environments, tmp_path, change, me
     path = tmp_path / "environments.yaml"
     path.write_text(broken(environments, **change))
     with pytest.raises(ValueError, match=rf"environments\.yaml: .*{message}"):
-        role_play.read_environments(path)
+        role_play_items.read_environments(path)
 
 
 def test_environments_need_distinct_names(environments, tmp_path):
     path = tmp_path / "environments.yaml"
     path.write_text(yaml.safe_dump([environments[0].model_dump()] * 2))
     with pytest.raises(ValueError, match="distinct names"):
-        role_play.read_environments(path)
+        role_play_items.read_environments(path)
 
 
-def test_the_prompt_names_options_in_the_items_order(item):
-    for protocol in (Protocol("choose"), Protocol("reason")):
-        text = role_play.opening(item, protocol)[-1]["content"]
-        places = [text.rindex(answer_json(option)) for option in item.options]
-        assert places == sorted(places)
-        assert item.compliant in text.split("\n")[0]
+@pytest.mark.parametrize("protocol", ["choose", "reason"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_prompt_names_options_in_the_items_order_or_turned(item, protocol, turned):
+    text = SCENARIO.opening(item, Protocol(protocol), turned)[-1]["content"]
+    for mark in (answer_json, lambda option: f"- {option}: "):
+        places = [text.rindex(mark(option)) for option in item.options]
+        assert places == sorted(places, reverse=turned)
+    assert item.compliant in text.split("\n")[0]
 
 
 def corners(items, environments):
@@ -127,7 +129,7 @@ def check_balance(chosen, environments, crossing=1):
 
 @pytest.mark.parametrize("count", range(1, 65))
 def test_any_number_of_test_items_is_balanced(environments, splits, count):
-    chosen = role_play.balanced_subset(splits[1], count)
+    chosen = role_play_items.balanced_subset(splits[1], count)
     assert len({item.id for item in chosen}) == count
     assert chosen == [item for item in splits[1] if item in chosen]
     check_balance(chosen, environments)
@@ -139,22 +141,22 @@ def test_any_number_of_items_is_balanced_whatever_the_environments(environments,
     number, each = data.draw(st.integers(1, 40)), 2 * data.draw(st.integers(1, 6))
     many = [environments[n % 16].model_copy(update={"name": f"{environments[n % 16].name}_{n}"}) for n in range(number)]
     sides = {"train": each, "test": 2} if data.draw(st.booleans()) else {"train": 2, "test": each}
-    items = role_play.make_items(many, **sides)[sides["test"] == each]
+    items = role_play_items.make_items(many, **sides)[sides["test"] == each]
     count = data.draw(st.integers(1, len(items)))
     # Two items left over of each of 4n + 2 environments can't cross label and position and have half of both.
     odd = number % 4 == 2 and len(items) // number % 4 == 2 and count > len(items) - 2
-    check_balance(role_play.balanced_subset(items, count), many, crossing=2 if odd else 1)
+    check_balance(role_play_items.balanced_subset(items, count), many, crossing=2 if odd else 1)
 
 
 def test_occasions_stand_for_neither_label_nor_position(environments, splits):
     for items in splits:
-        for occasion in {item.prompt.split("\n")[1] for item in items}:
-            (a, b), (c, d) = corners([i for i in items if i.prompt.split("\n")[1] == occasion], environments)
+        for occasion in {item.prompt.split("\n")[0] for item in items}:
+            (a, b), (c, d) = corners([i for i in items if i.prompt.split("\n")[0] == occasion], environments)
             assert a + b == c + d and a + c == b + d
 
 
 def test_how_many_items_there_can_be(splits):
-    assert role_play.balanced_subset(splits[1], 0) == role_play.balanced_subset(splits[1], 64) == splits[1]
+    assert role_play_items.balanced_subset(splits[1], 0) == role_play_items.balanced_subset(splits[1], 64) == splits[1]
     for count in (-1, 65):
         with pytest.raises(ValueError, match=r"items must lie in 0\.\.64"):
-            role_play.balanced_subset(splits[1], count)
+            role_play_items.balanced_subset(splits[1], count)

@@ -234,7 +234,7 @@ def test_the_history_tells_the_simple_problems_and_nothing_of_the_evaluation(tmp
 
 def test_what_worked_is_told_with_its_cost(pool):
     items = [item for item in pool if item.kind == "simple"][:4]
-    works = [tool_use.Solving(item, (), ()) for item in items]
+    works = [tool_use.Solving(item, (), list, False) for item in items]
     for work, policy, answer in zip(
         works, ("direct", "direct", "tool", None), ("own", "7e9", "own", None), strict=True
     ):
@@ -250,15 +250,49 @@ def test_what_worked_is_told_with_its_cost(pool):
     ]
 
 
-def test_the_prompt_names_the_policies_in_the_items_order(pool):
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_prompt_names_the_policies_in_the_items_order_or_turned(pool, turned):
     for item in pool[:4]:
         for protocol in (CHOOSE, REASON):
-            text = tool_use.opening(item, protocol)[1]["content"]
+            text = tool_use.opening(item, protocol, turned)[1]["content"]
             places = [text.index(f"- {option}:") for option in item.options]
-            assert places == sorted(places) and item.question in text
+            assert places == sorted(places, reverse=turned) and item.question in text
+        # Freely written solutions name no JSON answer, but the ways to work in the same order.
         assert [answer_json(option) in text for option in item.options] == [False, False]
-        forced = tool_use.opening(item, CHOOSE)[1]["content"]
-        assert forced.index(answer_json(item.options[0])) < forced.index(answer_json(item.options[1]))
+        ways = [text.index({"tool": "to use the tool", "direct": "to answer directly"}[o]) for o in item.options]
+        assert ways == sorted(ways, reverse=turned)
+        forced = tool_use.opening(item, CHOOSE, turned)[1]["content"]
+        places = [forced.index(answer_json(option)) for option in item.options]
+        assert places == sorted(places, reverse=turned)
+
+
+def test_policies_are_asked_in_both_orders_and_solved_in_the_historys(tmp_path, pool):
+    """A model that takes what is named first prefers neither policy; the chat goes on in the order of the history."""
+    seen = []
+
+    def rule(request):
+        seen.append(request)
+        return (1.0, 0.0) if request.options else r"\boxed{0}"
+
+    setting = Evolution(rounds=2, simple_per_round=2, complex_per_round=4)
+    rows = run(tmp_path, pool, rule, setting=setting)
+    hard = of_kind(rows, "complex")
+    assert {(row.p_deviate, row.p_first, row.p_second) for row in hard} == {(0.5, 1.0, 0.0)}
+    # Of four complex problems, in each of two rounds, two name the direct way first.
+    assert [sum(row.deviant_first for row in of_kind(rows, "complex", number)) for number in (1, 2)] == [2, 2]
+    options = {item.id: item.options for item in pool}
+    for row in hard:
+        chosen = [r for r in seen if r.key.startswith(f"tool_use/{row.item}/") and f"/round{row.round}/" in r.key]
+        asked, turned, solution = chosen
+        assert asked.options == turned.options[::-1] and asked.messages[:1] == turned.messages[:1]
+        assert solution.messages[: len(asked.messages)] == tuple(asked.messages)
+        assert row.deviant_first == (asked.options[0] == answer_json("direct"))
+    # In one round all of an agent's problems are in their own order, in the other all are turned.
+    turned = {
+        number: {(options[row.item][0] == "direct") != row.deviant_first for row in of_kind(rows, "complex", number)}
+        for number in (1, 2)
+    }
+    assert sorted(map(list, turned.values())) == [[False], [True]]
 
 
 # --- data
@@ -560,7 +594,9 @@ def test_code_under_the_direct_policy_is_not_run(tmp_path, pool, truth):
 
 def test_simple_rows_have_nothing_to_deviate_from(tmp_path, pool):
     rows = run(tmp_path, pool, fading(pool), box_free(pool))
-    assert {(row.deviated, row.p_deviate) for row in of_kind(rows, "simple")} == {(None, None)}
+    assert {(row.deviated, row.p_deviate, row.p_first, row.p_second) for row in of_kind(rows, "simple")} == {
+        (None,) * 4
+    }
     assert {row.scenario for row in rows} == {"tool_use"}
     kinds = {item.id: (item.kind, item.environment) for item in pool}
     assert all(kinds[row.item] == (row.item.split("-")[0], row.environment) for row in rows)
@@ -808,7 +844,8 @@ def test_equal_chats_of_different_agents_are_asked_once(tmp_path, pool):
     setting = Evolution(rounds=1, simple_per_round=1, complex_per_round=24)
     run(tmp_path, pool, rule, box_free(pool), setting=setting, agents=3)
     forced_choices = [request for request in asked if request.options and "/complex-" in request.key]
-    assert len(forced_choices) == 72 and len(collapse(forced_choices)) == 24
+    # Three agents and two orders of 24 problems.
+    assert len(forced_choices) == 144 and len(collapse(forced_choices)) == 48
 
 
 def test_the_frame_is_tidy(tmp_path, pool):

@@ -55,9 +55,9 @@ def read_by_trl(tiny, tmp_path, monkeypatch):
 def test_dpo_reads_the_chat_as_the_engine_does_and_the_turns_end(family, protocol, splits, tiny, tmp_path, read_by_trl):
     """Prompt, answer and stop token are the template's own rendering of the answered chat."""
     tokenizer, item = models.load_tokenizer(tiny[family]), splits[0][0]
-    chat = role_play.opening(item, Protocol(protocol))
+    chat = role_play.SCENARIO.opening(item, Protocol(protocol))
     if protocol == "choose":
-        [row] = rows_of(a_run("dpo", tiny[family], tmp_path), [item])
+        row, _ = rows_of(a_run("dpo", tiny[family], tmp_path), [item])
     else:
         said = {"chosen": f"So {answer_json(item.compliant)}", "rejected": "So not."}
         row = {"prompt": render(tokenizer, chat), **said}
@@ -74,7 +74,9 @@ def test_dpo_reads_the_chat_as_the_engine_does_and_the_turns_end(family, protoco
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_grpo_reads_the_chat_as_the_engine_does(family, protocol, splits, tiny, tmp_path, read_by_trl):
     item = splits[0][0]
-    [row] = rows_of(a_run("grpo", tiny[family], tmp_path, protocol=protocol, prefill="", thinking=True), [item])
+    row, _ = rows_of(a_run("grpo", tiny[family], tmp_path, protocol=protocol, prefill="", thinking=True), [item])
     options = tuple(map(answer_json, item.options)) if protocol == "choose" else ()
-    asked = TransformersEngine(tiny[family])._row(Request("k", role_play.opening(item, Protocol(protocol)), 0, options))
+    asked = TransformersEngine(tiny[family])._row(
+        Request("k", role_play.SCENARIO.opening(item, Protocol(protocol)), 0, options)
+    )
     assert read_by_trl("grpo", family, row) == [asked.ids[: len(asked.ids) - asked.shared]]

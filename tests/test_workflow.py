@@ -178,6 +178,47 @@ def test_any_name_reaches_the_notebooks_whole(finished, tmp_path, stem):
     assert seen == set(names)
 
 
+def test_each_condition_is_a_job_of_its_own_folder_and_settings(finished, tmp_path):
+    content = yaml.safe_load((finished / "tests/profiles/smoke.yaml").read_text()) | {
+        "conditions": {"role_play": ["standard", "caught"], "collusion": ["reminder"]}
+    }
+    content["notebooks"]["04_evolve_role_play/caught"] = {"rounds": 5}
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(yaml.safe_dump(content))
+    evolutions = [words for words in commands(finished, profile=profile) if "_evolve_" in words[3]]
+    found = {words[words.index("out") + 1]: words[words.index("condition") + 1] for words in evolutions}
+    played = [("role_play", "standard"), ("role_play", "caught"), ("tool_use", "standard"), ("collusion", "reminder")]
+    assert found == {
+        f"runs/mine/evolution/{scenario}/smollm2-135m/{condition}/{arm}": condition
+        for scenario, condition in played
+        for arm in ("base", "dpo", "grpo")
+    }
+    # All conditions of an arm have its one adapter, and a log each.
+    adapters = {words[words.index("adapter") + 1] for words in evolutions}
+    assert adapters == {""} | {
+        f"runs/mine/adapters/{scenario}/smollm2-135m/{arm}"
+        for scenario in ("role_play", "tool_use", "collusion")
+        for arm in ("dpo", "grpo")
+    }
+    assert len({words[4] for words in evolutions}) == 12
+    settings = read_profile(str(profile))
+    rounds = {c: settings.parameters("04_evolve_role_play", c, "smollm2-135m").rounds for c in ("standard", "caught")}
+    assert rounds == {"standard": 2, "caught": 5}
+
+
+def test_a_conditions_own_settings_rerun_its_jobs_alone(finished, tmp_path):
+    profile = finished / "tests/profiles/smoke.yaml"
+    before = profile.read_text()
+    snakemake(finished, "--touch", "--forceall")
+    try:
+        profile.write_text(before + "  04_evolve_role_play/caught: {rounds: 5}\n")
+        assert jobs(finished) == {}
+        profile.write_text(before + "  04_evolve_role_play/standard: {rounds: 5}\n")
+        assert jobs(finished) == {"evolve": 3, "figures": 2}
+    finally:
+        profile.write_text(before)
+
+
 def test_servers_reach_the_notebooks_whole(finished):
     urls = ["http://a:8000/it's/v1", "http://b:8000/m&co/v1"]
     found = commands(finished, config=(f"servers={','.join(urls)}",))

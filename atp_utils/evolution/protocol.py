@@ -179,7 +179,7 @@ def _scored(question: Question, requests: Sequence[Request], replies: Sequence[R
     lost = next((reply for reply in replies if reply.logprobs is None), None)
     if lost is not None:
         # Servers that can't score give an answer that was drawn, and a chat may be too long in one of its orders.
-        return _written(question, replies[0] if replies[0].logprobs is None else lost, protocol, None)
+        return replace(_written(question, lost, protocol, None), **_tokens(replies))
     named = [normalise(reply.logprobs) for reply in replies]
     turned = named[-1][::-1] if len(named) > 1 else named[0]
     probabilities = tuple((one + other) / 2 for one, other in zip(named[0], turned, strict=True))
@@ -196,11 +196,14 @@ def _scored(question: Question, requests: Sequence[Request], replies: Sequence[R
         probabilities=probabilities,
         by_place=((named[0][0], turned[0]), (turned[1], named[0][1])) if len(named) > 1 else None,
         mass=sum(masses) / len(masses),
-        prompt_tokens=sum(reply.prompt_tokens for reply in replies),
-        completion_tokens=sum(reply.completion_tokens for reply in replies),
+        **_tokens(replies),
         replies=tuple(reply.digest for reply in replies),
         decided=replies[0].digest,
     )
+
+
+def _tokens(replies: Sequence[Reply]) -> dict[str, int]:
+    return {name: sum(getattr(reply, name) for reply in replies) for name in ("prompt_tokens", "completion_tokens")}
 
 
 def _written(question: Question, reply: Reply, protocol: Protocol, before: Choice | None) -> Choice:

@@ -35,7 +35,8 @@ class Evolving:
         where the folder holds a finished run of another engine and may not be overwritten.
         """
         run, given, scenario = self.run, self.run.parameters, self.run.scenario
-        total = scenario.decisions(given, len(self.items))
+        # The bar counts replies: of a forced choice, those in both orders.
+        total = scenario.decisions(given, len(self.items)) * (2 if given.protocol == "choose" else 1)
         with (
             _journal(run, self.engine.identity) as record,
             scenario.episodes(self.items, given, self.protocol, record) as (episodes, facts),

@@ -63,16 +63,6 @@ class Item(BaseModel):
         return self.options[::-1] if turned else self.options
 
 
-def fold(items: Sequence[Item], held_out: int, *, inside: bool) -> list:
-    """Items of the environments that are held out (``inside``) or of the others; all where ``held_out`` is 0.
-
-    Every fourth environment, by name, is in fold 1, 2, 3 or 4.
-    """
-    names = sorted({item.environment for item in items})
-    own = {name for place, name in enumerate(names) if place % 4 == held_out - 1}
-    return [item for item in items if not held_out or (item.environment in own) == inside]
-
-
 class Evolution(Parameters):
     """Parameters of every evolution notebook; a scenario adds its own, its ``condition``s among them."""
 
@@ -160,7 +150,25 @@ class Scenario:
 
     def test_items(self, parameters: Any) -> list:
         """The items that an evolution plays."""
-        return fold(self.read_items("test", parameters.data), parameters.held_out, inside=True)
+        return self.fold(self.read_items("test", parameters.data), parameters, inside=True)
+
+    def environments(self, data: str | Path) -> list[str]:
+        """Names of the environments of all splits, in order."""
+        return sorted({item.environment for split in self.splits for item in self.read_items(split, data)})
+
+    def fold(self, items: Sequence, parameters: Any, *, inside: bool) -> list:
+        """Those ``items`` whose environments are held out (``inside``), or the others; all where ``held_out`` is 0.
+
+        Every fourth environment is in fold 1, 2, 3 or 4. Those of all splits count, so that training and evolution have
+        the same folds even where a split lacks an environment. Raises ValueError for a fold without environments.
+        """
+        if not parameters.held_out:
+            return list(items)
+        names = self.environments(parameters.data)
+        own = set(names[parameters.held_out - 1 :: 4])
+        if not own:
+            raise ValueError(f"held_out is {parameters.held_out}, but {self.name} has {len(names)} environments only")
+        return [item for item in items if (item.environment in own) == inside]
 
     @contextmanager
     def episodes(

@@ -11,14 +11,14 @@ from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Message, Sampling
 from atp_utils.models.chat_template import render
 from atp_utils.runs import Run
-from atp_utils.scenarios import base, preferences
+from atp_utils.scenarios import preferences
 from atp_utils.support import progress
 
 
 def training_items(run: Run, method: str) -> list:
     """The training prompts of the run's scenario that ``method`` ("dpo" or "grpo") trains on."""
     items = run.scenario.read_items("train", run.parameters.data)
-    return run.scenario.training_items(base.fold(items, run.parameters.held_out, inside=False), method)
+    return run.scenario.training_items(run.scenario.fold(items, run.parameters, inside=False), method)
 
 
 def _opening(run: Run) -> preferences.Opening:

@@ -10,7 +10,7 @@ from typing import Any
 from atp_utils.evolution.loop import Episode
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Message
-from atp_utils.scenarios.base import Scenario, Split, fold
+from atp_utils.scenarios.base import Scenario, Split
 from atp_utils.scenarios.collusion import episodes, items, telling
 from atp_utils.scenarios.collusion.episodes import Evolution
 from atp_utils.scenarios.collusion.items import GAMES, Data, Item
@@ -38,7 +38,10 @@ class Collusion(Scenario):
     def test_items(self, parameters: Evolution) -> list[Item]:
         settings = {"thresholds": parameters.thresholds, "payoffs": parameters.payoffs}
         grid = items.make_grid(items.read_games(), agents=parameters.agents, **settings)
-        return fold(grid, parameters.held_out, inside=True)
+        return self.fold(grid, parameters, inside=True)
+
+    def environments(self, data: Any) -> list[str]:
+        return sorted(game.name for game in items.read_games())
 
     def episode(self, item: Item, parameters: Evolution, protocol: Protocol, seed: int) -> Episode:
         play = episodes.forced if parameters.condition == "forced_history" else episodes.episode

@@ -31,6 +31,8 @@ class RolePlay(Scenario):
         return telling.scene(item, DEFAULT, protocol).opening(1, turned)
 
     def after_compliance(self, item: Item, protocol: Protocol, rounds: int, turned: bool = False) -> list[Message]:
+        if not rounds:
+            return self.opening(item, protocol, turned)
         setting = DEFAULT.model_copy(update={"condition": "equal_payoffs"})
         return telling.chat(item, telling.written(item, [False] * rounds, setting), setting, protocol)(turned)
 

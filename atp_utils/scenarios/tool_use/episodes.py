@@ -51,9 +51,10 @@ def opening(
 
     Without ``history`` it is also the training prompt.
     """
+    cheaper = "; cheaper" if setting.cost("direct") < setting.cost("tool") else ""
     what = {
         "tool": "you write Python code, which is run, and you see what it prints; more often right",
-        "direct": "you reason on your own; cheaper",
+        "direct": f"you reason on your own{cheaper}",
     }
     named = item.named(turned)
     lines = [f"- {option}: {what[option]}. Cost: {setting.cost(option):g}." for option in named]
