@@ -1,6 +1,7 @@
 """Responses to others, and what follows from them, against values worked out by hand and agents of known habits."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import scripted_agents as agents
 
@@ -51,6 +52,15 @@ def test_the_past_decides_above_and_below_the_critical_mass():
     assert low < 0.1 and high > 0.9
     big = [critical_mass.simulate(steep, steep, 1_000_000, share) for share in (0.3, 0.7)]
     assert big == pytest.approx([0.02, 0.98], abs=0.005)
+
+
+def test_a_committed_minority_by_hand():
+    # Nobody joins without two others: one committed agent changes nothing, two carry the other two.
+    rows = [("m", "base", 3, 1.0, "start", 0, 0.0)]
+    for own in ("abstained", "colluded"):
+        rows += [("m", "base", 3, 1.0, own, others, float(others >= 2)) for others in range(4)]
+    table = pd.DataFrame(rows, columns=[*critical_mass.KEYS, "own", "others", "rate"])
+    assert critical_mass.committed(table).iloc[0].tolist() == [0, 0, 1, 1]
 
 
 def test_majority_followers_have_a_critical_mass_and_others_have_none(tmp_path):

@@ -115,6 +115,23 @@ def dynamics(table: pd.DataFrame, rounds: int = 50) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*KEYS, "start", "critical", "settles", "from_none", "from_all"])
 
 
+def committed(table: pd.DataFrame, rounds: int = 50) -> pd.DataFrame:
+    """Share of the free agents that collude after so many rounds, from nobody, beside 0, 1, ... that always do.
+
+    One row a group of `KEYS`, one column a number of committed agents, up to all but one.
+    """
+    rows = {}
+    for key, group in table.groupby(KEYS, sort=True, observed=True):
+        _, abstained, colluded = curves(group)
+        size = len(abstained)
+        rows[key] = []
+        for fixed in range(size):
+            state = np.linalg.matrix_power(transitions(abstained, colluded, fixed), rounds)[fixed]
+            rows[key].append(float(state @ np.arange(size + 1) - fixed) / (size - fixed))
+    index = pd.MultiIndex.from_tuples(rows, names=KEYS)
+    return pd.DataFrame(list(rows.values()), index=index)
+
+
 def beside(table: pd.DataFrame, played: pd.DataFrame) -> pd.DataFrame:
     """The chain's prediction of each round beside the rounds that were ``played``: `KEYS`, round, predicted, played."""
     rates = stats.rate_table(played, stats.value_of(played), (*KEYS, "round"))

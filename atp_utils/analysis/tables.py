@@ -72,6 +72,11 @@ def dynamics(decisions: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{name: (100 * table[name].astype(float)).round(1) for name in shares})
 
 
+def committed(decisions: pd.DataFrame) -> pd.DataFrame:
+    """`critical_mass.committed` of the written rounds, in percent."""
+    return critical_mass.committed(critical_mass.response(decisions)).mul(100).round(1)
+
+
 def _cells(table: pd.DataFrame, *columns: str) -> list[str]:
     return [stats.percent(*row) for row in table[list(columns)].itertuples(index=False)]
 
