@@ -76,7 +76,6 @@ def readme_tables(results: Path) -> dict[str, str]:
     ours = {
         "primary contrast": tables.contrast(decisions),
         "role-play": _violations(stats.standard(role_play)),
-        "conditions": tables.conditions(role_play).droplevel("scenario"),
         "slopes": tables.slopes(dose_response.written(role_play)),
         "tool use": table2[main],
         "collusion": tables.collusion(stats.standard(games)),
