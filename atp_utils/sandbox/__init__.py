@@ -178,9 +178,9 @@ def isolated_command(bwrap):
     """The command that starts the worker in `bwrap`: the C library and its kin, in /box Python and the libraries."""
     command = [bwrap, *"--unshare-all --unshare-user --uid 65534 --gid 65534 --cap-drop ALL --as-pid-1".split()]
     command += "--hostname box --chdir / --setenv LD_LIBRARY_PATH /box/lib --setenv PYTHONPATH /box/site".split()
-    views = {path: path for path in ("/usr/lib", "/usr/lib64", "/lib", "/lib64")}
-    views |= {os.path.join(os.path.realpath(sys.base_prefix), name): f"/box/{name}" for name in ("lib", "lib64")}
-    for path, inside in views.items():
+    views = [(path, path) for path in ("/usr/lib", "/usr/lib64", "/lib", "/lib64")]
+    views += [(os.path.join(os.path.realpath(sys.base_prefix), name), f"/box/{name}") for name in ("lib", "lib64")]
+    for path, inside in views:
         command += ["--ro-bind-try", path, inside]
         # Empty folders over an interpreter's own packages, which may hold anything, even the project.
         for packages in Path(path).glob("python3*/*-packages"):
