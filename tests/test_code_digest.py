@@ -14,7 +14,7 @@ from atp_utils.support.code_digest import closure, code_digest
 
 BOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 # What a run imports or starts late, by the end of its path: an engine when it is opened, the sandbox's other process.
-LATE = ("/transformers_engine.py", "/openai_engine.py", "/worker.py")
+LATE = ("/transformers_engine.py", "/openai_engine.py", "/sandbox/worker.py", "/sandbox/probe.py")
 LOADED = """
 import ast, json, sys
 for path in json.load(sys.stdin):

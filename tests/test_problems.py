@@ -1,7 +1,6 @@
 """Problems: two solvers agree, the paper's limits hold, files are reproducible, and rows are filtered as stated."""
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -10,24 +9,17 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, replace
 from fractions import Fraction
 
 import pytest
 from problem_checks import CHECKS
 
 from atp_utils import ROOT
-from atp_utils.problems import (
-    Problem,
-    generate,
-    load,
-    make_problem,
-    split_problems,
-)
-from atp_utils.problems.answers import exact, extract_answer, is_correct, parse_number
-from atp_utils.problems.families import FAMILIES, program
-from atp_utils.problems.filters import NO_ANSWER, from_gsm8k, from_openthoughts, true_number
-from atp_utils.problems.templates import TEMPLATES, draft
+from atp_utils.problems import Problem, families, generate, load, make_problem, split_problems
+from atp_utils.problems.answers import extract_answer, parse_number
+from atp_utils.problems.filters import NO_ANSWER, Gsm8k, OpenThoughts, true_number
+from atp_utils.problems.templates import TEMPLATES, draw_complex, draw_simple
+from atp_utils.scenarios.tool_use.items import draw_problems
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
@@ -51,40 +43,19 @@ WORKED = {
 }
 
 
-def _loaded(*arguments, **options):
-    return load(*arguments, **options)[0]
+FAMILIES, SIMPLE = TEMPLATES["complex"], TEMPLATES["simple"]
+
+
+def _loaded(*arguments):
+    return load(*arguments)[0]
+
+
+def _generated(kind, n, seed=0):
+    return [problem for problem, _ in generate(kind, n, seed)]
 
 
 def written(problems, path):
-    path.write_text("".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems))
-
-
-# --- families --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_family_agrees_with_a_hand_worked_example(name):
-    params, expected = WORKED[name]
-    assert FAMILIES[name].solve(**params) == CHECKS[name](**params) == expected
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_two_solvers_of_a_family_agree_over_many_seeds(name):
-    for seed in range(60):
-        params = FAMILIES[name].make(random.Random(seed))
-        answer = exact(FAMILIES[name].solve(**params))
-        assert answer == exact(CHECKS[name](**params))
-        assert answer.denominator in (1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500, 1000)
-        question = FAMILIES[name].text(**params)
-        for number in re.findall(r"\d+", repr(params)):  # the question states every parameter
-            assert re.search(rf"(?<!\d){number}(?!\d)", question), (number, question)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_answers_of_a_family_cannot_be_guessed(name):
-    drawn = [FAMILIES[name].make(random.Random(seed)) for seed in range(40)]
-    answers = Counter(exact(FAMILIES[name].solve(**params)) for params in drawn)
-    assert max(answers.values()) <= 4 and answers[Fraction(0)] <= 1
+    path.write_text("".join(problem.model_dump_json() + "\n" for problem in problems))
 
 
 def printed(code: str) -> str:
@@ -93,16 +64,61 @@ def printed(code: str) -> str:
     return out.getvalue()
 
 
+def number(value) -> Fraction:
+    return parse_number(str(value))
+
+
+def drawn(name, seed):
+    """Question, answer and parameters of a family's problem."""
+    question, answer, code = draw_complex(FAMILIES[name], random.Random(seed))
+    call = code[code.rindex("print(") :]
+    params = eval(call.replace(f"print({name}(", "dict(")[:-2])
+    return question, number(answer), params
+
+
+# --- families --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_agrees_with_a_hand_worked_example(name):
+    params, expected = WORKED[name]
+    assert getattr(families, name)(**params) == CHECKS[name](**params) == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_two_solvers_of_a_family_agree_over_many_seeds(name):
+    for seed in range(60):
+        question, answer, params = drawn(name, seed)
+        assert answer == number(CHECKS[name](**params))
+        assert answer.denominator in (1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500, 1000)
+        assert question.endswith("?") and not re.search(r"[{}]", question)
+        for stated in re.findall(r"\d+", repr(params)):  # the question states every parameter
+            assert re.search(rf"(?<!\d){stated}(?!\d)", question), (stated, question)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_answers_of_a_family_cannot_be_guessed(name):
+    answers = Counter(drawn(name, seed)[1] for seed in range(40))
+    assert max(answers.values()) <= 4 and answers[Fraction(0)] <= 1
+
+
+def test_lists_and_matrices_are_worded():
+    question, _, params = drawn("remainders", 0)
+    first, second, third = params["residues"]
+    assert f"remainders {first}, {second} and {third} on division by" in question
+    question, _, params = drawn("determinant", 0)
+    assert question.endswith(": " + "; ".join(" ".join(map(str, row)) for row in params["matrix"]) + "?")
+    question, _, params = drawn("assignments", 0)
+    assert all(
+        f"Worker {i} cannot do job {' or '.join(map(str, jobs))}." in question
+        for i, jobs in enumerate(params["forbidden"], 1)
+    )
+
+
 @pytest.mark.parametrize("kind", ["simple", "complex"])
 def test_each_generated_problem_comes_with_a_program_that_prints_its_answer(kind):
     for problem, code in generate(kind, 35, seed=3):
-        assert parse_number(printed(code)) == problem.value
-
-
-def test_a_program_is_self_contained_python():
-    params, expected = WORKED["determinant"]
-    code = program("determinant", params)
-    assert code.startswith("def determinant(matrix):") and printed(code) == f"{expected}\n"
+        assert parse_number(printed(code)) == parse_number(problem.answer)
 
 
 # --- templates -------------------------------------------------------------------------------------------
@@ -114,29 +130,31 @@ IN_WORDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", SIMPLE)
 def test_simple_problems_keep_the_papers_limits_at_every_step(name):
     operations = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": Fraction}
     for seed in range(40):
-        question, steps = draft(name, random.Random(seed))
+        question, answer, code = draw_simple(SIMPLE[name], random.Random(seed))
+        *steps, last = code.splitlines()
         stated = list(map(int, re.findall(r"\d+", question)))
-        assert len(question.split()) <= 50 and 1 <= len(steps) <= 3
+        assert len(question.split()) <= 50 and 1 <= len(steps) <= 3 and last == f"print(r{len(steps)})"
         assert not re.search(r"[{}]", question) and question.endswith("?")
-        known = Counter(stated)
-        for left, operation, right, result in steps:
-            for operand in (left, right):
+        known, used = Counter(stated), set()
+        for index, step in enumerate(steps, 1):
+            left, operation, right = re.fullmatch(rf"r{index} = (\d+) (.) (\d+)", step).groups()
+            for operand in (int(left), int(right)):
                 assert operand in known or re.search(IN_WORDS[operand], question), (operand, question)
-            assert operations[operation](left, right) == result
+                used.add(operand)
+            result = operations[operation](int(left), int(right))
             known[result] += 1
-        assert all(0 < number < 1000 for number in known)
-        assert steps[-1][3] not in stated
-        used = {operand for left, _, right, _ in steps for operand in (left, right)}
+        assert result == int(answer) and result not in stated
+        assert all(0 < number < 1000 and number == int(number) for number in known)
         constants = {5, 10} if name == "coins" else set()
         assert set(stated) - constants <= used  # nothing in the question is idle
 
 
 def test_there_are_enough_templates_and_families():
-    assert len(TEMPLATES) >= 25 and len(FAMILIES) >= 8
+    assert len(SIMPLE) >= 25 and len(FAMILIES) >= 8
 
 
 # --- generated problems ----------------------------------------------------------------------------------
@@ -144,56 +162,54 @@ def test_there_are_enough_templates_and_families():
 
 @pytest.mark.parametrize(("kind", "n"), [("simple", 500), ("complex", 300)])
 def test_generated_problems_are_distinct_balanced_and_nested(kind, n):
-    problems, counts = load(kind, n, seed=1)
-    assert counts == {"rows": n, "kept": n} and len(problems) == n
+    problems = _generated(kind, n, seed=1)
     assert len({p.question for p in problems}) == len({p.id for p in problems}) == n
     sizes = Counter(p.family for p in problems).values()
-    assert max(sizes) - min(sizes) <= 1 and len(sizes) == len(TEMPLATES if kind == "simple" else FAMILIES)
-    assert _loaded(kind, 40, seed=1) == problems[:40]
-    assert not {p.id for p in problems} & {p.id for p in _loaded(kind, 100, seed=2)}
+    assert max(sizes) - min(sizes) <= 1 and len(sizes) == len(TEMPLATES[kind])
+    assert _generated(kind, 40, seed=1) == problems[:40]
+    assert not {p.id for p in problems} & {p.id for p in _generated(kind, 100, seed=2)}
 
 
 def test_the_file_is_byte_identical_under_the_same_seed_in_another_process(tmp_path):
     here = tmp_path / "here.jsonl"
-    written(_loaded("complex", 30, seed=5) + _loaded("simple", 70, seed=5), here)
+    written(_generated("complex", 30, seed=5) + _generated("simple", 70, seed=5), here)
     code = (
-        "import sys; from pathlib import Path; from test_problems import _loaded as load, written;"
-        "written(load('complex', 30, seed=5) + load('simple', 70, seed=5), Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from test_problems import _generated as made, written;"
+        "written(made('complex', 30, seed=5) + made('simple', 70, seed=5), Path(sys.argv[1]))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     subprocess.run([sys.executable, "-c", code, tmp_path / "there.jsonl"], env=environment, check=True, timeout=120)
-    assert (
-        hashlib.sha256(here.read_bytes()).digest() == hashlib.sha256((tmp_path / "there.jsonl").read_bytes()).digest()
-    )
-    assert _loaded("complex", 30, seed=6) != _loaded("complex", 30, seed=5)
+    assert here.read_bytes() == (tmp_path / "there.jsonl").read_bytes()
+    assert _generated("complex", 30, seed=6) != _generated("complex", 30, seed=5)
 
 
 def test_problems_survive_writing_and_reading(tmp_path):
     odd = make_problem("complex", "algebra", 'What is "½ of ⅔"?\nExactly.', Fraction(1, 3), "by hand")
-    problems = [*_loaded("simple", 20), odd]
+    problems = [*_generated("simple", 20), odd]
     written(problems, tmp_path / "p.jsonl")
-    own = [_loaded(kind, None, tmp_path / "p.jsonl") for kind in ("simple", "complex")]
+    own = _loaded("simple", 20, tmp_path / "p.jsonl"), _loaded("complex", 1, tmp_path / "p.jsonl")
     assert {problem.id: problem for problem in own[0] + own[1]} == {problem.id: problem for problem in problems}
-    assert _loaded("simple", 20, tmp_path / "p.jsonl", seed=9) != problems[:20]  # a sample: its own order
-    assert load("complex", None, tmp_path / "p.jsonl")[1] == {"rows": 21, "kept": 1, "of the other kind": 20}
+    assert _loaded("simple", 20, tmp_path / "p.jsonl", 9) != problems[:20]  # a sample: its own order
+    assert load("complex", 1, tmp_path / "p.jsonl")[1] == {"rows": 21, "kept": 1, "of the other kind": 20}
 
 
-def test_a_problem_checks_itself():
-    good = _loaded("simple", 1)[0]
-    assert is_correct(good.answer, good.value)
-    for field, value in dict(kind="hard", question=" ", answer="5 or 6", id="", family=None).items():
-        with pytest.raises(ValueError, match=field if field != "family" else "text in every field"):
-            replace(good, **{field: value})
+@pytest.mark.parametrize(
+    ("field", "value"), [("kind", "hard"), ("question", " "), ("answer", "5 or 6"), ("id", ""), ("family", None)]
+)
+def test_a_problem_checks_itself(field, value):
+    good = _generated("simple", 1)[0].model_dump()
+    with pytest.raises(ValueError, match=field):
+        Problem(**good | {field: value})
 
 
-@pytest.mark.parametrize(("kind", "n"), [("hard", 5), ("simple", 0), ("simple", None)])
-def test_bad_requests_are_named(kind, n):
-    with pytest.raises(ValueError, match="^kind|^n:"):
-        _loaded(kind, n)
+def test_a_family_without_new_questions_is_named(monkeypatch):
+    monkeypatch.setitem(TEMPLATES, "simple", {"legs": SIMPLE["legs"].model_copy(update={"text": "How many?"})})
+    with pytest.raises(ValueError, match="2 simple problems: 'legs' has no new questions after 1 problems"):
+        generate("simple", 2, seed=0)
 
 
 def test_training_and_test_problems_are_disjoint_and_stratified():
-    problems = _loaded("complex", 60)
+    problems = _generated("complex", 60)
     train, test = split_problems(problems, 15, seed=0)
     assert len(test) == 15 and len(train) == 45
     assert not {p.question for p in train} & {p.question for p in test}
@@ -204,14 +220,10 @@ def test_training_and_test_problems_are_disjoint_and_stratified():
     assert split_problems(problems, 15, seed=1)[1] != test
 
 
-def test_a_split_that_cannot_be_disjoint_is_an_error():
-    problems = _loaded("simple", 5)
-    same = replace(problems[0], id="other", question=problems[0].question.upper() + " ")
-    with pytest.raises(ValueError, match="more than once"):
-        split_problems([*problems, same], 2, seed=0)
-    for n_test in (0, 5):
-        with pytest.raises(ValueError, match="n_test"):
-            split_problems(problems, n_test, seed=0)
+@pytest.mark.parametrize("n_test", [0, 5])
+def test_a_split_with_an_empty_side_is_an_error(n_test):
+    with pytest.raises(ValueError, match="n_test"):
+        split_problems(_generated("simple", 5), n_test, seed=0)
 
 
 # --- filters ---------------------------------------------------------------------------------------------
@@ -238,14 +250,13 @@ ROBE = {
     ],
 )
 def test_gsm8k_rows_are_dropped_with_a_reason(change, reason):
-    assert from_gsm8k(ROBE | change) == reason
+    assert Gsm8k(**ROBE | change).kept() == reason
 
 
 def test_gsm8k_rows_at_the_limits_are_kept():
     row = dict(question="word " * 49 + "999.9", answer="<<1+1=2>><<2+1=3>><<3*333=999>>\n#### -999")
-    assert from_gsm8k(row).value == -999
-    assert from_gsm8k(ROBE) == ("gsm8k_2_steps", ROBE["question"], 3)
-    assert from_gsm8k(ROBE | dict(answer="#### 3"), allow_unannotated=True).family == "gsm8k_0_steps"
+    assert Gsm8k(**row).kept()[2] == -999
+    assert Gsm8k(**ROBE).kept() == ("gsm8k_2_steps", ROBE["question"], 3)
 
 
 THOUGHT = {
@@ -273,8 +284,8 @@ THOUGHT = {
     ],
 )
 def test_openthoughts_rows(change, expected):
-    found = from_openthoughts(THOUGHT | change)
-    assert found == expected if isinstance(expected, str) else (found.family, found.value) == expected
+    found = OpenThoughts(**THOUGHT | change).kept()
+    assert found == expected if isinstance(expected, str) else (found[0], found[2]) == expected
 
 
 def test_the_number_of_a_reference_solution():
@@ -297,92 +308,96 @@ def test_a_local_file_is_filtered_counted_and_sampled_whatever_its_order(tmp_pat
     forth, back = write_lines(tmp_path / "a.jsonl", *rows), write_lines(tmp_path / "b.jsonl", *rows[::-1])
     problems, counts = load("simple", 5, forth, seed=4)
     assert counts == {"rows": 31, "kept": 28, "duplicate": 1, NO_ANSWER: 1, "a number not below 1000": 1}
-    assert [p.id for p in problems] == [p.id for p in _loaded("simple", 9, back, seed=4)][:5]
+    assert [p.id for p in problems] == [p.id for p in _loaded("simple", 9, back, 4)][:5]
     assert {p.source for p in problems} == {"a.jsonl"}
     with pytest.raises(ValueError, match=r"a.jsonl: 29 simple problems asked for, 28 found; counts: .*duplicate"):
         _loaded("simple", 29, forth)
 
 
-OWN = asdict(make_problem("simple", "hand", "1 + 1?", Fraction(2), "me"))
+OWN = make_problem("simple", "hand", "1 + 1?", Fraction(2), "me").model_dump()
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{not json", "not valid JSON"),
-        ("[" * 100_000, "not valid JSON"),
-        ("[1]", "expected a JSON object, got list"),
-        ("null", "expected a JSON object, got NoneType"),
-        ({"question": "1 + 1?"}, "key 'answer' is missing; found 'question'"),
-        ({"question": "1 + 1?", "answer": 2}, "answer: expected text, got '2'"),
-        ({"question": None, "answer": "#### 2"}, "question: expected text, got 'None'"),
-        ({}, "key 'question' is missing; found none"),
-        (OWN | {"answer": None}, "answer: expected one number, got 'None'"),
-        (OWN | {"answer": float("nan")}, "answer: expected one number, got 'nan'"),
-        (OWN | {"kind": "hard"}, "kind: expected one of simple, complex"),
-        ({"kind": "simple"}, "key 'id' is missing"),
+        ("{not json", "Expecting property name"),
+        ("[" * 100_000, "recursion"),
+        ("[1]", "valid dictionary"),
+        ("null", "valid dictionary"),
+        ({"question": "1 + 1?"}, "answer: Field required"),
+        ({"question": "1 + 1?", "answer": 2}, "answer: Input should be a valid string (got '2')"),
+        ({"question": None, "answer": "#### 2"}, "question: Input should be a valid string (got 'None')"),
+        ({}, "question: Field required"),
+        (OWN | {"answer": None}, "answer: Value error, expected one number (got 'None')"),
+        (OWN | {"answer": float("nan")}, "answer: Value error, expected one number (got 'nan')"),
+        (OWN | {"answer": True}, "answer: Value error, expected one number (got 'True')"),
+        (OWN | {"kind": "hard"}, "kind: Input should be 'simple' or 'complex'"),
+        ({"kind": "simple"}, "id: Field required"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
     path = write_lines(tmp_path / "rows.jsonl", ROBE, "", line)
     with pytest.raises(ValueError, match=rf"rows.jsonl, line 3: .*{re.escape(message)}"):
-        _loaded("simple", None, path)
+        _loaded("simple", 1, path)
 
 
 def test_other_faults_of_a_file_are_named(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match="latin.jsonl, line 1: not valid JSON"):
+    with pytest.raises(ValueError, match="latin.jsonl, line 1: .*codec"):
         _loaded("simple", 1, tmp_path / "latin.jsonl")
     with pytest.raises(FileNotFoundError, match="nothing.jsonl: no such file"):
         _loaded("simple", 1, tmp_path / "nothing.jsonl")
-    with pytest.raises(ValueError, match="line 1: expected a complex problem, found the keys 'question', 'answer'"):
+    with pytest.raises(ValueError, match="line 1: problem: Field required"):
         _loaded("complex", 1, write_lines(tmp_path / "gsm.jsonl", ROBE))
     with pytest.raises(ValueError, match="0 found; counts: {'rows': 0"):
-        _loaded("simple", None, write_lines(tmp_path / "empty.jsonl"))
+        _loaded("simple", 1, write_lines(tmp_path / "empty.jsonl"))
 
 
 def test_a_hand_written_number_and_a_byte_order_mark_are_read(tmp_path):
     path = write_lines(tmp_path / "own.jsonl", "\ufeff" + json.dumps(OWN | {"answer": 2.5}))
-    assert _loaded(OWN["kind"], None, path)[0].answer == "2.5"
+    assert _loaded(OWN["kind"], 1, path)[0].answer == "2.5"
 
 
-def test_the_hub_is_asked_for_the_papers_data_sets():
-    calls = []
+@pytest.fixture
+def hub(monkeypatch):
+    """The calls of `load_dataset`, and the rows that it gives."""
+    calls, rows = [], []
 
     def load_dataset(*arguments, **options):
-        calls.append((arguments, options))
-        rows = {"openai/gsm8k": ROBE, "open-thoughts/OpenThoughts-114k": THOUGHT}[arguments[0]]
-        return iter([rows, rows, rows | {"domain": "code", "answer": "#### ?"}])
+        calls.append((*arguments, options))
+        return iter(rows)
 
-    simple, counts = load("simple", 1, "hub", split="test", load_dataset=load_dataset)
-    assert simple[0].value == 3 and counts == {"rows": 3, "kept": 1, "duplicate": 1, NO_ANSWER: 1}
-    (hard,), counts = load("complex", 1, "hub", revision="abc", max_rows=2, load_dataset=load_dataset)
-    assert hard == Problem(hard.id, "complex", "combinatorics", THOUGHT["problem"], "24", calls[1][0][0])
-    assert counts == {"rows": 2, "kept": 1, "duplicate": 1}
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    return calls, rows
+
+
+def test_the_hub_is_asked_for_the_papers_data_sets(hub):
+    calls, rows = hub
+    rows[:] = [ROBE, ROBE, ROBE | {"answer": "#### ?"}]
+    simple, counts = load("simple", 1, "hub")
+    assert simple[0].answer == "3" and counts == {"rows": 3, "kept": 1, "duplicate": 1, NO_ANSWER: 1}
+    rows[:] = [THOUGHT, THOUGHT | {"domain": "code"}]
+    ((hard, code),), counts = draw_problems("complex", 1, "hub")
+    assert (hard.family, hard.question, hard.answer, code) == ("combinatorics", THOUGHT["problem"], "24", "")
+    assert hard.source == "open-thoughts/OpenThoughts-114k" and counts == {"rows": 2, "kept": 1, "not mathematics": 1}
     assert calls == [
-        (("openai/gsm8k", "main"), dict(split="test", revision=None, streaming=True)),
-        (("open-thoughts/OpenThoughts-114k", "metadata"), dict(split="train", revision="abc", streaming=True)),
+        ("openai/gsm8k", "main", dict(split="train", streaming=True)),
+        ("open-thoughts/OpenThoughts-114k", "metadata", dict(split="train", streaming=True)),
     ]
 
 
-def test_an_unreachable_hub_and_changed_columns_are_named():
-    def offline(*_, **__):
-        raise ConnectionError("no network")
-
-    with pytest.raises(RuntimeError, match=r"openai/gsm8k could not be read \(ConnectionError: no network\); use"):
-        _loaded("simple", 1, "hub", load_dataset=offline)
-    with pytest.raises(ValueError, match=r"114k \(metadata, train\), row 0: key 'domain' is missing; found 'problem'"):
-        rows = [{"problem": "How many?", "ground_truth_solution": "5"}]
-        _loaded("complex", 1, "hub", load_dataset=lambda *_, **__: rows)
+def test_changed_columns_of_the_hub_are_named(hub):
+    hub[1][:] = [{"problem": "How many?", "ground_truth_solution": "5"}]
+    with pytest.raises(ValueError, match="OpenThoughts\ndomain\n"):
+        load("complex", 1, "hub")
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K isn't beside the repository")
-@pytest.mark.parametrize(("name", "annotated", "all_rows"), [("train", 3184, 3255), ("test", 513, 526)])
-def test_real_gsm8k_rows(name, annotated, all_rows):
+@pytest.mark.parametrize(("name", "kept"), [("train", 3184), ("test", 513)])
+def test_real_gsm8k_rows(name, kept):
     path = GSM8K / f"{name}.jsonl"
-    problems, counts = load("simple", None, path)
-    assert counts["kept"] == len(problems) == annotated and NO_ANSWER not in counts
-    assert load("simple", None, path, allow_unannotated=True)[1]["kept"] == all_rows
+    problems, counts = load("simple", kept, path)
+    assert counts["kept"] == len(problems) == kept and NO_ANSWER not in counts
     rows = map(json.loads, path.read_text("utf-8").splitlines())
     truths = {row["question"]: extract_answer(row["answer"]) for row in rows}
-    assert all(truths[p.question] == p.value for p in problems)
+    assert all(truths[p.question] == parse_number(p.answer) for p in problems)

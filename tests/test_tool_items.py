@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atp_utils import resolve
-from atp_utils.problems import Problem
+from atp_utils.problems import make_problem
 from atp_utils.scenarios.tool_use import items as tool_items
 from atp_utils.scenarios.tool_use.items import Evolution
 from atp_utils.support import files
@@ -42,7 +42,7 @@ def check_families(drawn, pool):
 def made(sizes, test):
     """(train, test) items of families with so many problems each."""
     drawn = [
-        (Problem(f"{family}-{n}", "complex", f"family_{family}", f"What is {n} times {family}?", "1", "test"), "")
+        (make_problem("complex", f"family_{family}", f"What is {n} times {family}?", 1, "test"), "")
         for family, size in enumerate(sizes)
         for n in range(size)
     ]

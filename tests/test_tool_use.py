@@ -1,5 +1,6 @@
 """Tool use against curves worked out by hand, with scripted agents and the real sandbox; hostile and broken replies."""
 
+import contextlib
 import json
 import math
 import random
@@ -40,11 +41,11 @@ SMALL = Evolution(rounds=2, simple_per_round=2, complex_per_round=3)
 
 @pytest.fixture(scope="module")
 def box():
-    try:
-        running = Sandbox(wall_seconds=1, memory_mb=512, output_bytes=2000).start()
-    except SandboxUnavailable as why:
-        pytest.skip(f"no isolation here: {why}")
-    with running:
+    with contextlib.ExitStack() as stack:
+        try:
+            running = stack.enter_context(Sandbox(wall_seconds=1, memory_mb=512, output_bytes=2000))
+        except SandboxUnavailable as why:
+            pytest.skip(f"no isolation here: {why}")
         yield running
 
 

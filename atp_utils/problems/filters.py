@@ -1,18 +1,14 @@
-"""The paper's filters on rows of GSM8K and OpenThoughts (Appendix A.1.2): a row in, a problem or a reason out.
-
-Pure functions: they read no file and count nothing. A row's keys and types have been checked before.
-"""
+"""The paper's filters on rows of GSM8K and OpenThoughts (Appendix A.1.2): a row in, a problem or a reason out."""
 
 import re
-from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any, NamedTuple
+
+from pydantic import BaseModel
 
 from atp_utils.problems.answers import boxed, extract_answer, parse_number
 from atp_utils.problems.templates import MAX_NUMBER, MAX_STEPS, MAX_WORDS
 
 NO_ANSWER = "no single numeric answer"
-Row = dict[str, Any]
 
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
 _ANNOTATION = re.compile(r"<<(.*?)>>")
@@ -23,40 +19,59 @@ _TOPICS = {
     "algorithmic": r"remainder|modulo|divisib|digit|sequence|recursi|prime|divisor|integer|\bgcd\b|\blcm\b",
     "algebra": r"polynomial|equation|\broots?\b|matri|determinant|logarithm|\\log|function|real number|solve",
 }
+# What a filter takes from a row: family, question and answer; a row that it drops gives the reason as text instead.
+Kept = tuple[str, str, Fraction]
 
 
-class Kept(NamedTuple):
-    """What a filter takes from a row; a row that it drops gives the reason as text instead."""
+class Gsm8k(BaseModel):
+    """A row of GSM8K; a solution's steps are annotated ``<<2+1=3>>``, and ``#### 3`` marks its answer."""
 
-    family: str
     question: str
-    value: Fraction
+    answer: str
+
+    def kept(self) -> Kept | str:
+        """The paper's rule for simple problems.
+
+        A solution without annotations has an unknown number of steps, and many of these solve an equation: dropped.
+        """
+        steps = _ANNOTATION.findall(self.answer)
+        value = parse_number(self.answer.rpartition("####")[2]) if "####" in self.answer else None
+        numbers = [number.replace(",", "") for text in (self.question, *steps) for number in _NUMBER.findall(text)]
+        if value is None:
+            return NO_ANSWER
+        if len(steps) > MAX_STEPS:
+            return f"more than {MAX_STEPS} steps"
+        if not steps:
+            return "steps not annotated"
+        if abs(value) >= MAX_NUMBER or any(float(number) >= MAX_NUMBER for number in numbers):
+            return f"a number not below {MAX_NUMBER}"
+        if len(self.question.split()) > MAX_WORDS:
+            return f"more than {MAX_WORDS} words"
+        return f"gsm8k_{len(steps)}_steps", self.question, value
 
 
-def _numbers(text: str) -> Iterator[float]:
-    return (float(number.replace(",", "")) for number in _NUMBER.findall(text))
+class OpenThoughts(BaseModel):
+    """A row of OpenThoughts' configuration ``metadata``, which has further columns."""
 
+    problem: str
+    ground_truth_solution: str | None = None
+    domain: str
 
-def from_gsm8k(row: Row, allow_unannotated: bool = False) -> Kept | str:
-    """The paper's rule for simple problems on a row with GSM8K's keys `question` and `answer`.
+    def kept(self) -> Kept | str:
+        """The paper's rule for complex problems.
 
-    A step is one annotation `<<...>>`. A solution without any has an unknown number of steps, and many of these
-    solve an equation: they are dropped unless `allow_unannotated`.
-    """
-    question, solution = row["question"], row["answer"]
-    steps = _ANNOTATION.findall(solution)
-    value = parse_number(solution.rpartition("####")[2]) if "####" in solution else None
-    if value is None:
-        return NO_ANSWER
-    if len(steps) > MAX_STEPS:
-        return f"more than {MAX_STEPS} steps"
-    if not steps and not allow_unannotated:
-        return "steps not annotated"
-    if abs(value) >= MAX_NUMBER or any(x >= MAX_NUMBER for text in (question, *steps) for x in _numbers(text)):
-        return f"a number not below {MAX_NUMBER}"
-    if len(question.split()) > MAX_WORDS:
-        return f"more than {MAX_WORDS} words"
-    return Kept(f"gsm8k_{len(steps)}_steps", question, value)
+        Proofs and problems that need a figure are dropped, as is what shows no sign of the three topics (by key words:
+        the paper doesn't say how).
+        """
+        if self.domain != "math":
+            return "not mathematics"
+        if _UNFIT.search(self.problem):
+            return "needs a proof or a figure"
+        family = next((t for t, words in _TOPICS.items() if re.search(words, self.problem, re.IGNORECASE)), None)
+        if family is None:
+            return "another topic"
+        value = true_number(self.ground_truth_solution or "")
+        return NO_ANSWER if value is None else (family, self.problem, value)
 
 
 def true_number(solution: str) -> Fraction | None:
@@ -66,21 +81,3 @@ def true_number(solution: str) -> Fraction | None:
         return boxes.pop() if len(boxes) == 1 else None
     bare = parse_number(solution)
     return extract_answer(solution) if bare is None else bare
-
-
-def from_openthoughts(row: Row) -> Kept | str:
-    """The paper's rule for complex problems on a row of OpenThoughts' `metadata` configuration.
-
-    Its columns `problem`, `ground_truth_solution` and `domain` are read. Proofs and problems that need a figure
-    are dropped, as is what shows no sign of the three topics (by key words: the paper doesn't say how).
-    """
-    question, solution = row["problem"], row["ground_truth_solution"] or ""
-    if row["domain"] != "math":
-        return "not mathematics"
-    if _UNFIT.search(question):
-        return "needs a proof or a figure"
-    family = next((t for t, words in _TOPICS.items() if re.search(words, question, re.IGNORECASE)), None)
-    if family is None:
-        return "another topic"
-    value = true_number(solution)
-    return NO_ANSWER if value is None else Kept(family, question, value)
