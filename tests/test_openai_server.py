@@ -8,11 +8,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from fault_server import asking
 from transformers.utils.import_utils import is_serve_available
 
 from atp_utils import models
-from atp_utils.engines import openai_wire
-from atp_utils.engines.openai_engine import OpenAIEngine
+from atp_utils.engines import openai_engine
 from atp_utils.evolution import journal, loop
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Request, Sampling
@@ -74,8 +74,8 @@ def answers(engine, requests):
 
 def test_text_follows_from_seed_and_temperature(url, folder):
     # One at a time: this server has one random generator for all requests.
-    engine = OpenAIEngine(folder, url, concurrency=1)
-    assert engine.identity == f"models/smollm2-135m|sent={openai_wire.form()}"
+    engine = asking(url, model=folder, concurrency=1)
+    assert engine.identity == f"models/smollm2-135m|{openai_engine.sent('')}"
     drawn = answers(engine, [ask(1), ask(2), ask(3)])
     assert len({reply.text for reply in drawn}) == 3
     assert answers(engine, [ask(3), ask(1)]) == [drawn[2], drawn[0]]
@@ -97,17 +97,17 @@ def test_an_evolution_runs_in_both_protocols_and_is_replayed_without_the_server(
         with journal.Journal(tmp_path) as record:
             return loop.run(episodes, engine, record), record
 
-    engine = OpenAIEngine(folder, url, tokenizer=folder, concurrency=4)
+    engine = asking(url, model=folder, tokenizer=folder, concurrency=4)
     rows, record = play(engine)
     assert len(rows) == 4 and 4 <= record.paid == len(record.used) == engine.answered <= 8
     replies = journal.read_record(tmp_path / journal.REPLIES).replies.values()
     # This server echoes nothing and offers no log-probabilities; the replies say what was done instead.
     reasons = {reply.finish_reason for reply in replies}
     assert reasons <= ({"stop", "length"} if name == "reason" else {"sampled:stop", "sampled:length"})
-    again, record = play(OpenAIEngine(folder, "http://127.0.0.1:9/v1", identity=engine.identity))
+    again, record = play(asking("http://127.0.0.1:9/v1", engine.identity, model=folder))
     assert again == rows and record.paid == 0
 
 
 def test_another_model_is_refused_before_a_token_is_paid_for(url):
     with pytest.raises(ValueError, match="pinned to .*run again"):
-        answers(OpenAIEngine("someone/else", url), [ask(1)])
+        answers(asking(url, model="someone/else"), [ask(1)])
