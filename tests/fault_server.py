@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import openai._base_client
 import tenacity
 
-from atp_utils.engines import openai_engine
+from atp_utils.engines import Servers, openai_engine
 from atp_utils.evolution.requests import Request, Sampling
 
 KEY = "sk-very-secret-0123456789"
@@ -152,6 +152,12 @@ def free(number, **sampling):
 
 def forced(seed=0, options=(YES, NO)):
     return Request(f"test/{seed}", [{"role": "user", "content": "Do you like rain?"}], seed, options)
+
+
+def asking(urls, identity=None, model="toy", **settings):
+    """The engine for ``model`` on the servers at ``urls``, one address or a list."""
+    served = Servers(urls=[urls] if isinstance(urls, str) else urls, **settings)
+    return openai_engine.OpenAIEngine(model, served, identity)
 
 
 def answers(engine, requests):

@@ -9,7 +9,7 @@ import yaml
 from fault_server import KEY, chat, choice, running
 
 from atp_utils import engines, run
-from atp_utils.engines import Servers, open_engine, openai_wire
+from atp_utils.engines import Servers, open_engine, openai_engine
 from atp_utils.evolution import journal
 from atp_utils.evolution.requests import Reply, Request
 from atp_utils.support import folders
@@ -53,7 +53,12 @@ def test_servers_are_addresses_or_a_file(tmp_path):
     assert served.concurrency == 3 and served.key_variable == ""
     names = [served.name_of("m", "role_play", arm) for arm in ("base", "dpo", "grpo")]
     assert names == ["b", "mine", "role_play-grpo"]
-    for wrong, message in (("urls: []", "urls: List should have"), (f"urls: [{NOBODY}]\nkey: {KEY}", "line 2, key")):
+    for wrong, message in (
+        ("urls: []", "urls: List should have"),
+        ("urls: [localhost:8000]", "expected a server's address, such as http://127.0.0.1:8000/v1"),
+        (f"urls: [{NOBODY}]\ntimeout: 0", "line 2, timeout"),
+        (f"urls: [{NOBODY}]\nkey: {KEY}", "line 2, key"),
+    ):
         path.write_text(wrong)
         with pytest.raises(ValueError, match=rf"mine\.yaml: .*{message}") as error:
             Servers.of(str(path))
@@ -66,13 +71,13 @@ def test_servers_are_addresses_or_a_file(tmp_path):
 def test_an_arm_is_asked_for_by_name(start, tmp_path, arm, asked):
     server = start(names=[asked, "other"])
     engine = open_engine("toy", "role_play", arm, "", server.url, tmp_path)
-    assert (engine.model, engine.identity) == (asked, f"{asked}|root=weights/{asked}|sent={openai_wire.form()}")
+    assert (engine.model, engine.identity) == (asked, f"{asked}|root=weights/{asked}|{openai_engine.sent('')}")
     server.models["data"].pop(0)
     with pytest.raises(ValueError, match=f"serves 'other', not '{asked}'"):
         open_engine("toy", "role_play", arm, "", server.url, tmp_path / "new")
 
 
-def test_a_record_of_the_same_model_is_opened_without_its_servers(start, tmp_path, monkeypatch):
+def test_a_record_of_the_same_model_is_opened_without_its_servers(start, embedded, tmp_path, monkeypatch):
     servers = start(names=["toy", "other"]).url
     engine = open_engine("toy", "role_play", "base", "", servers, tmp_path)
     with pytest.raises(ConnectionError):  # no reply came of it yet
@@ -81,13 +86,13 @@ def test_a_record_of_the_same_model_is_opened_without_its_servers(start, tmp_pat
         record.put(Request("k", [], 0), engine.identity, Reply("x"))
     moved = open_engine("toy", "role_play", "base", "", NOBODY, tmp_path)
     assert moved.identity == engine.identity
-    for number, other in enumerate(("names: {base: other}", "tokenizer: toy")):
+    for number, other in enumerate(("names: {base: other}", "tokenizer: smollm2-135m")):
         path = tmp_path / f"{number}.yaml"
         path.write_text(f"urls: [{NOBODY}]\n{other}\n")
         with pytest.raises(ConnectionError):
             open_engine("toy", "role_play", "base", "", str(path), tmp_path)
     with monkeypatch.context() as patch, pytest.raises(ConnectionError):  # they were asked in another way
-        patch.setattr(openai_wire, "form", lambda *_: "other")
+        patch.setattr(openai_engine, "sent", lambda tokenizer: "other")
         open_engine("toy", "role_play", "base", "", NOBODY, tmp_path)
     (tmp_path / engines.SERVED).write_text("{")
     with pytest.raises(ValueError, match=r"served\.json: not valid"):

@@ -10,17 +10,16 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from fault_server import KEY, Handler, answers, chat, choice, free, running, said
+from fault_server import KEY, Handler, answers, asking, chat, choice, free, running, said
 
-from atp_utils.engines import openai_wire
-from atp_utils.engines.openai_engine import OpenAIEngine
+from atp_utils.engines import openai_engine
 from atp_utils.engines.scripted import ScriptedEngine
 from atp_utils.evolution import decisions, journal, loop
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Sampling
 from atp_utils.scenarios import role_play
 
-SENT = f"sent={openai_wire.form()}"
+SENT = openai_engine.sent("")
 PASSING = ("429", "500", "503", "half", "cut", "garbage", "wrong", "abort", "nothing", "silence")
 
 
@@ -33,14 +32,14 @@ def start(monkeypatch):
 @pytest.mark.parametrize("fault", PASSING)
 def test_no_fault_loses_a_reply_or_counts_one_twice(start, fault):
     server = start()
-    engine = OpenAIEngine("toy", server.url, timeout=1.5 if fault == "silence" else 20)
+    engine = asking(server.url, timeout=1.5 if fault == "silence" else 20)
     server.faults.extend([fault] * 3)
     replies = answers(engine, [free(number) for number in range(12)])
     assert [reply.text for reply in replies] == [f"Say {number}. {number}" for number in range(12)]
     assert {(reply.prompt_tokens, reply.completion_tokens, reply.finish_reason) for reply in replies} == {
         (7, 2, "stop")
     }
-    assert len(server.posts) == 15 and engine.retried == 3 and engine.answered == 12
+    assert len(server.posts) == 15 and engine.answered == 12
 
 
 def play(folder, items, engine):
@@ -56,7 +55,7 @@ def play(folder, items, engine):
 def test_a_run_over_faults_is_the_run_without_them(start, tmp_path, splits):
     server = start(lambda body: chat(choice(body["messages"], body["seed"])))
     server.faults.extend(random.Random(0).choices([*PASSING[:-1], *[None] * 9], k=80))
-    engine = OpenAIEngine("toy", server.url, concurrency=8, retries=9)
+    engine = asking(server.url, concurrency=8, retries=9)
     rows = play(tmp_path / "served", splits[1][:16], engine)
     script = ScriptedEngine(lambda request: choice(request.messages, request.seed % 2**31), engine.identity)
     expected = play(tmp_path / "scripted", splits[1][:16], script)
@@ -74,14 +73,14 @@ def test_a_run_goes_on_where_its_server_broke_down(start, tmp_path, splits):
 
     server = start(rule)
     with pytest.raises(ConnectionError, match="still fails after 1 retries.*run again to go on"):
-        play(tmp_path, splits[1][:16], OpenAIEngine("toy", server.url, concurrency=1, retries=1))
+        play(tmp_path, splits[1][:16], asking(server.url, concurrency=1, retries=1))
     kept = journal.read_record(tmp_path / journal.REPLIES).replies
     assert len(kept) == len(server.served) == 21
     server.broken, server.rule = None, lambda body: chat(choice(body["messages"], body["seed"]))
-    play(tmp_path, splits[1][:16], OpenAIEngine("toy", server.url, concurrency=1))
+    play(tmp_path, splits[1][:16], asking(server.url, concurrency=1))
     assert set(Counter(json.dumps(body) for body in server.served).values()) == {1} and len(server.served) == 48
     server.broken = "500"
-    play(tmp_path, splits[1][:16], OpenAIEngine("toy", "http://127.0.0.1:9/v1", identity=f"toy|root=a/toy|{SENT}"))
+    play(tmp_path, splits[1][:16], asking("http://127.0.0.1:9/v1", identity=f"toy|root=a/toy|{SENT}"))
 
 
 def test_replies_under_way_are_kept_when_another_request_fails(start):
@@ -96,8 +95,8 @@ def test_replies_under_way_are_kept_when_another_request_fails(start):
         return chat(said(body))
 
     server, got = start(rule), []
-    engine = OpenAIEngine("toy", server.url, concurrency=3, key_variable="TEST_KEY")
-    with pytest.raises(ValueError, match=r"refuses test/0: .*too long for \*\*\*.*run again"):
+    engine = asking(server.url, concurrency=3, key_variable="TEST_KEY")
+    with pytest.raises(ValueError, match=r"refuses test/0 .*too long for \*\*\*.*run again"):
         for index, _ in engine.answer([free(n) for n in range(9)]):
             got.append(index)
     assert sorted(got) == sorted(body["seed"] for body in server.served) and 2 <= len(got) < 8
@@ -113,18 +112,18 @@ def test_a_run_finishes_although_a_chat_is_too_long(start, tmp_path, splits):
             return {"status": 400, "error": {"message": full, "code": 400}}
         return chat(choice(body["messages"], body["seed"]))
 
-    rows = play(tmp_path, items, OpenAIEngine("toy", start(rule).url, concurrency=2))
+    rows = play(tmp_path, items, asking(start(rule).url, concurrency=2))
     assert [(row.item, row.round, row.fault) for row in rows if not row.valid] == [
         (long.id, 2, "context"), (long.id, 3, "context"),
     ]  # fmt: skip
-    away = OpenAIEngine("toy", "http://127.0.0.1:9/v1", identity=f"toy|root=a/toy|{SENT}")
+    away = asking("http://127.0.0.1:9/v1", identity=f"toy|root=a/toy|{SENT}")
     assert len(rows) == 9 and play(tmp_path, items, away) == rows
 
 
 def test_retry_after_is_honoured(start):
     server = start()
     server.faults.append("slow down")
-    answers(OpenAIEngine("toy", server.url), [free(1)])
+    answers(asking(server.url), [free(1)])
     assert server.times[1] - server.times[0] >= 0.4
 
 
@@ -137,7 +136,7 @@ def test_several_servers_share_the_load_and_one_that_stays_out_is_left(start):
         return chat(said(body))
 
     first, second = start(rule), start(rule)
-    engine = OpenAIEngine("toy", [first.url, second.url + "/"], concurrency=4, retries=1)
+    engine = asking([first.url, second.url + "/"], concurrency=4, retries=1)
     answers(engine, [free(number) for number in range(8)])
     assert len(first.served) == len(second.served) == 4
     assert first.most_parallel == second.most_parallel == 2
@@ -156,35 +155,32 @@ def test_bad_servers_are_refused_before_a_token_is_paid_for(start):
     server, other = start(), start()
     other.models = {"data": [{"id": "toy", "root": "another/toy"}]}
     for url, model, error, advice in (
-        ("localhost:8000", "toy", ValueError, "http://127.0.0.1:8000/v1"),
-        (server.url.replace("http://", f"http://me:{KEY}@"), "toy", ValueError, "environment"),
-        ([], "toy", ValueError, "at least one server"),
         (server.url.removesuffix("/v1"), "toy", ValueError, "ends in /v1"),
         ("http://127.0.0.1:9/v1", "toy", ConnectionError, "is the server running"),
         (server.url, "gpt", ValueError, "serves 'toy', not 'gpt'"),
         ([server.url, other.url], "toy", ValueError, "different models"),
     ):
         with pytest.raises(error, match=advice) as caught:
-            OpenAIEngine(model, url)
+            asking(url, model=model)
         assert KEY not in str(caught.value)
     with pytest.raises(ValueError, match="the replies before came from 'toy|root=b/toy'"):
-        list(OpenAIEngine("toy", server.url, identity="toy|root=b/toy").answer([free(1)]))
+        list(asking(server.url, identity="toy|root=b/toy").answer([free(1)]))
     other.models = {"data": [{"id": "toy", "root": "/adapters/toy", "parent": "base", "owned_by": "sglang"}]}
     with pytest.raises(ValueError, match="SGLang lists the adapter 'toy', but .* answers with the base model"):
-        OpenAIEngine("toy", other.url)
+        asking(other.url)
     other.models["data"][0]["owned_by"] = "vllm"
-    assert OpenAIEngine("toy", other.url).identity == f"toy|root=adapters/toy,parent=base|{SENT}"
+    assert asking(other.url).identity == f"toy|root=adapters/toy,parent=base|{SENT}"
     server.models = b"<html>"
     with pytest.raises(ValueError, match="no OpenAI-compatible server"):
-        OpenAIEngine("toy", server.url)
+        asking(server.url)
     server.broken = "401"
     for variable, advice in (
         ("TEST_KEY", "refuses the key that the variable TEST_KEY holds"),
         ("OTHER_KEY", "variable OTHER_KEY is not set: put the servers' key into it"),
-        ("", "wants a key: name its environment variable by key_variable"),
+        ("", "wants a key: name its variable by key_variable"),
     ):
         with pytest.raises(PermissionError, match=advice):
-            OpenAIEngine("toy", server.url, key_variable=variable)
+            asking(server.url, key_variable=variable)
     assert server.posts == other.posts == []
 
 
@@ -196,7 +192,7 @@ def test_the_key_is_sent_and_appears_nowhere(start, caplog, tmp_path, splits, mo
         Handler, "do_GET", lambda self: keys.append(self.headers["Authorization"]) or self.send(200, server.models)
     )
     server.faults.extend(["500", "garbage", "429"])
-    engine = OpenAIEngine("toy", server.url, retries=3, key_variable="TEST_KEY")
+    engine = asking(server.url, retries=3, key_variable="TEST_KEY")
     play(tmp_path, splits[1][:2], engine)
     shown = [caplog.text, repr(vars(engine)), *(path.read_bytes().decode("latin-1") for path in tmp_path.iterdir())]
     for server.broken in ("400", "403", "500", "garbage", "404"):
@@ -205,8 +201,8 @@ def test_the_key_is_sent_and_appears_nowhere(start, caplog, tmp_path, splits, mo
         shown += [str(caught.value), repr(caught.value.__cause__), str(caught.getrepr(chain=True, showlocals=False))]
     monkeypatch.setenv("TEST_KEY", f"{KEY}\nX-More: 1")
     with pytest.raises(ValueError, match="TEST_KEY holds characters") as caught:
-        OpenAIEngine("toy", server.url, key_variable="TEST_KEY")
-    assert keys == [f"Bearer {KEY}"]
+        asking(server.url, key_variable="TEST_KEY")
+    assert set(keys) == {f"Bearer {KEY}"}
     assert not any(KEY in text for text in [*shown, caplog.text, str(caught.value)])
 
 
@@ -215,13 +211,13 @@ def test_a_key_that_was_not_named_is_not_sent(start, monkeypatch):
     server = start()
     server.key = KEY
     with pytest.raises(PermissionError, match="wants a key"):
-        OpenAIEngine("toy", server.url)
-    assert answers(OpenAIEngine("toy", server.url, key_variable="OPENAI_API_KEY"), [free(1)])
+        asking(server.url)
+    assert answers(asking(server.url, key_variable="OPENAI_API_KEY"), [free(1)])
 
 
 def test_a_lone_surrogate_in_the_history_can_be_sent_and_journalled(start, tmp_path):
     server = start(lambda body: chat("broken \ud83d half"))
-    engine = OpenAIEngine("toy", server.url)
+    engine = asking(server.url)
     [first] = answers(engine, [free(1)])
     history = [{"role": "user", "content": "?"}, {"role": "assistant", "content": first.text}]
     request = replace(free(2), messages=history)
@@ -234,7 +230,8 @@ def test_a_lone_surrogate_in_the_history_can_be_sent_and_journalled(start, tmp_p
 
 
 def test_it_runs_inside_a_running_loop_and_can_be_left_early(start):
-    engine = OpenAIEngine("toy", start().url, concurrency=2)
+    server = start(lambda body: time.sleep(0.05) or chat(said(body)))
+    engine = asking(server.url, concurrency=2)
 
     async def cell():
         return answers(engine, [free(1)])
@@ -244,10 +241,8 @@ def test_it_runs_inside_a_running_loop_and_can_be_left_early(start):
     stream = engine.answer([replace(free(n), seed=n) for n in range(50)])
     next(stream)
     stream.close()
-    assert threading.active_count() <= before + 2 and engine.answered <= 3
-
-
-@pytest.mark.parametrize("wrong", [{"concurrency": 0}, {"timeout": 0}, {"retries": -1}])
-def test_settings_are_checked(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        OpenAIEngine("toy", "http://127.0.0.1:9/v1", **wrong)
+    until = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    # Those under way end by themselves; no other is asked.
+    assert threading.active_count() <= before and engine.answered == 2 and len(server.posts) < 20

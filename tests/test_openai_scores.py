@@ -3,11 +3,10 @@
 import math
 
 import pytest
-from fault_server import NO, PREFIX, YES, Letters, answers, chat, echo, forced, running, tops
+from fault_server import NO, PREFIX, YES, Letters, answers, asking, chat, echo, forced, running, tops
 
 from atp_utils import models
 from atp_utils.engines import openai_wire
-from atp_utils.engines.openai_engine import OpenAIEngine
 from atp_utils.evolution.parsing import answer_json
 from atp_utils.evolution.protocol import normalise
 
@@ -21,7 +20,7 @@ def start(monkeypatch):
 def test_options_are_scored_whole_where_the_server_echoes(start, monkeypatch):
     monkeypatch.setattr(models, "load_tokenizer", lambda name: Letters())
     server = start(echo)
-    engine = OpenAIEngine("toy", server.url, tokenizer="letters")
+    engine = asking(server.url, tokenizer="letters")
     replies = answers(engine, [forced(seed) for seed in range(30)])
     assert len({reply.logprobs for reply in replies}) == 1
     assert replies[0].logprobs == pytest.approx((-0.1 * len(YES), -0.1 * len(NO)))
@@ -29,7 +28,7 @@ def test_options_are_scored_whole_where_the_server_echoes(start, monkeypatch):
     assert replies[0].shared == pytest.approx(-0.1 * len('{"choice": "'))
     assert replies[0].prompt_tokens == len("user: Do you like rain?\nassistant: ")
     assert len(server.served) == 2 and engine.answered == 1  # the probe and one request
-    assert engine.identity.endswith("|tokenizer=letters")
+    assert "|tokenizer=letters:" in engine.identity
 
 
 @pytest.mark.parametrize("kind", ["new token only", "refused", "none"])
@@ -43,7 +42,7 @@ def test_the_first_differing_token_stands_in_where_nothing_is_echoed(start, monk
         return {"status": 400, "error": "no"} if kind == "refused" else {"choices": [short, short | {"index": 1}]}
 
     server = start(rule)
-    replies = answers(OpenAIEngine("toy", server.url, tokenizer="letters"), [forced(seed) for seed in range(20)])
+    replies = answers(asking(server.url, tokenizer="letters"), [forced(seed) for seed in range(20)])
     assert normalise(replies[0].logprobs) == pytest.approx([2 / 3, 1 / 3])
     assert {reply.finish_reason for reply in replies} == {"first_token"}
     assert server.posts.count("/v1/chat/completions") == 1
@@ -55,7 +54,6 @@ def test_the_first_differing_token_stands_in_where_nothing_is_echoed(start, monk
     "logprobs",
     [
         None,
-        {"content": [{"token": "{"}]},
         tops(*PREFIX, ("No", {"No": 0.6, "Maybe": 0.2})),  # "Yes" is not among them, and 0.2 might be its
         tops(*PREFIX, ("Maybe", {"Maybe": 1.0})),  # neither is
         tops(),
@@ -65,7 +63,7 @@ def test_the_first_differing_token_stands_in_where_nothing_is_echoed(start, monk
 )
 def test_without_clear_log_probabilities_every_request_gets_its_own_text(start, logprobs):
     server = start(lambda body: chat((YES, NO, "Rain is wet.")[body["seed"] % 3], logprobs=logprobs))
-    replies = answers(OpenAIEngine("toy", server.url), [forced(seed) for seed in range(9)])
+    replies = answers(asking(server.url), [forced(seed) for seed in range(9)])
     assert [reply.text for reply in replies] == [YES, NO, "Rain is wet."] * 3
     assert {(reply.logprobs, reply.finish_reason) for reply in replies} == {(None, "sampled:stop")}
     assert sorted(body["seed"] for body in server.served) == list(range(9))
@@ -76,7 +74,7 @@ def test_a_token_that_begins_several_options_is_ambiguous(start):
     clear = {"Green G": 0.3, "Green D": 0.3, "Red": 0.4}
     for table, reason in ((clear, "first_token"), (clear | {"Green": 0.2}, "sampled:stop")):
         server = start(lambda body, table=table: chat(options[2], logprobs=tops(*PREFIX, ("Red", table))))
-        [reply] = answers(OpenAIEngine("toy", server.url), [forced(options=options)])
+        [reply] = answers(asking(server.url), [forced(options=options)])
         assert reply.finish_reason == reason
 
 
@@ -93,7 +91,7 @@ LISTED = tuple((name, 0.0001) for name in map(str, range(18)))
 )
 def test_an_option_too_unlikely_to_be_listed_has_what_is_left_at_most(start, table, most):
     server = start(lambda body: chat(NO, logprobs=tops(*PREFIX, ("No", table))))
-    replies = answers(OpenAIEngine("toy", server.url), [forced(seed) for seed in range(4)])
+    replies = answers(asking(server.url), [forced(seed) for seed in range(4)])
     assert {reply.finish_reason for reply in replies} == {"first_token:bound"} and len(server.served) == 1
     yes, no = map(math.exp, replies[0].logprobs)
     assert no == pytest.approx(0.99 if most > 1e-5 else 1.0) and yes == pytest.approx(most)
@@ -102,11 +100,11 @@ def test_an_option_too_unlikely_to_be_listed_has_what_is_left_at_most(start, tab
 def test_options_that_are_not_listed_share_what_is_left_and_the_drawn_token_counts(start):
     options = tuple(map(answer_json, ("Red", "Green", "Blue")))
     server = start(lambda body: chat(options[0], logprobs=tops(*PREFIX, ("Red", {"Red": 0.96}))))
-    [reply] = answers(OpenAIEngine("toy", server.url), [forced(options=options)])
+    [reply] = answers(asking(server.url), [forced(options=options)])
     assert [math.exp(value) for value in reply.logprobs] == pytest.approx([0.96, 0.02, 0.02])
     drawn = tops(*PREFIX, ("Yes", {"Yes": 0.01, "No": 0.9}))
     drawn["content"][-1]["top_logprobs"].pop(0)
-    [reply] = answers(OpenAIEngine("toy", start(lambda body: chat(YES, logprobs=drawn)).url), [forced()])
+    [reply] = answers(asking(start(lambda body: chat(YES, logprobs=drawn)).url), [forced()])
     assert normalise(reply.logprobs) == pytest.approx([1 / 91, 90 / 91]) and reply.finish_reason == "first_token"
 
 
@@ -117,11 +115,11 @@ def test_what_is_no_log_probability_is_the_servers_fault(start, monkeypatch, val
     wrong["content"][-1]["top_logprobs"][0]["logprob"] = value
     right = tops(*PREFIX, ("No", {"No": 0.3, "Yes": 0.5}))
     server = start(lambda body: chat(NO, logprobs=right if len(server.posts) > 2 else wrong))
-    engine = OpenAIEngine("toy", server.url, retries=2)
+    engine = asking(server.url, retries=2)
     [reply] = answers(engine, [forced()])
-    assert normalise(reply.logprobs) == pytest.approx([5 / 8, 3 / 8]) and engine.retried == 2
+    assert normalise(reply.logprobs) == pytest.approx([5 / 8, 3 / 8]) and len(server.posts) == 3
     server.rule = lambda body: chat(NO, logprobs=wrong)
-    with pytest.raises(ConnectionError, match="sends what is no reply: a log-probability is not a number"):
+    with pytest.raises(ConnectionError, match="sends what is no reply .a log-probability is not a number"):
         answers(engine, [forced()])
 
 
@@ -136,6 +134,6 @@ def test_a_fault_does_not_change_how_options_are_scored(start, monkeypatch):
 
     server = start(rule)
     server.faults.extend([None, "garbage"])
-    [reply] = answers(OpenAIEngine("toy", server.url, tokenizer="letters"), [forced()])
+    [reply] = answers(asking(server.url, tokenizer="letters"), [forced()])
     assert (reply.finish_reason, len(server.posts)) == ("scored", 5)
     assert reply.logprobs == pytest.approx((-0.1 * len(YES), -0.1 * len(NO)))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import playing
 import pytest
+from fault_server import asking
 from transformers.utils.import_utils import is_serve_available
 
 from atp_utils import models
-from atp_utils.engines import openai_wire
-from atp_utils.engines.openai_engine import OpenAIEngine
+from atp_utils.engines import openai_engine
 from atp_utils.evolution import journal
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Request, Sampling
@@ -75,8 +75,8 @@ def answers(engine, requests):
 
 def test_text_follows_from_seed_and_temperature(url, folder):
     # One at a time: this server has one random generator for all requests.
-    engine = OpenAIEngine(folder, url, concurrency=1)
-    assert engine.identity == f"models/smollm2-135m|sent={openai_wire.form()}"
+    engine = asking(url, model=folder, concurrency=1)
+    assert engine.identity == f"models/smollm2-135m|{openai_engine.sent('')}"
     drawn = answers(engine, [ask(1), ask(2), ask(3)])
     assert len({reply.text for reply in drawn}) == 3
     assert answers(engine, [ask(3), ask(1)]) == [drawn[2], drawn[0]]
@@ -96,7 +96,7 @@ def test_an_evolution_runs_in_both_protocols_and_is_replayed_without_the_server(
     def play(engine):
         return playing.play(tmp_path, role_play.SCENARIO, splits[1][:2], engine, protocol=how, rounds=2)
 
-    engine = OpenAIEngine(folder, url, tokenizer=folder, concurrency=4)
+    engine = asking(url, model=folder, tokenizer=folder, concurrency=4)
     rows, record = play(engine)
     # Two attempts at most, or both orders.
     assert len(rows) == 4 and 4 * (1 + (name == "choose")) <= record.paid == len(record.used) == engine.answered <= 8
@@ -104,10 +104,10 @@ def test_an_evolution_runs_in_both_protocols_and_is_replayed_without_the_server(
     # This server echoes nothing and offers no log-probabilities; the replies say what was done instead.
     reasons = {reply.finish_reason for reply in replies}
     assert reasons <= ({"stop", "length"} if name == "reason" else {"sampled:stop", "sampled:length"})
-    again, record = play(OpenAIEngine(folder, "http://127.0.0.1:9/v1", identity=engine.identity))
+    again, record = play(asking("http://127.0.0.1:9/v1", engine.identity, model=folder))
     assert again == rows and record.paid == 0
 
 
 def test_another_model_is_refused_before_a_token_is_paid_for(url):
     with pytest.raises(ValueError, match="pinned to .*run again"):
-        answers(OpenAIEngine("someone/else", url), [ask(1)])
+        answers(asking(url, model="someone/else"), [ask(1)])

@@ -7,16 +7,26 @@ decisions the model keeps its own name, and the arm its column.
 
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from atp_utils import resolve
-from atp_utils.engines.openai_wire import checked_url
 from atp_utils.evolution.journal import REPLIES
 from atp_utils.evolution.requests import Engine
 from atp_utils.support import files
 
 SERVED = "served.json"
+
+
+def _checked_url(url: str) -> str:
+    """``url`` without a slash at its end; raises ValueError for what is no address, or one that holds a key."""
+    parts = urlsplit(url)
+    if "@" in url or parts.query:
+        raise ValueError("a server's address holds a user, password or query: keys come from the environment alone")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("expected a server's address, such as http://127.0.0.1:8000/v1")
+    return url.rstrip("/")
 
 
 class Servers(BaseModel):
@@ -25,14 +35,17 @@ class Servers(BaseModel):
     ``names`` are what they call the weights, by arm (``base``, ``role_play-dpo``). ``tokenizer`` (a model's name or a
     folder) renders chats here, so that servers which echo log-probabilities score every option whole. ``key_variable``
     names the environment variable that holds the servers' key; ``concurrency`` counts requests under way, over all.
+    ``timeout`` is in seconds without a byte from a server, ``retries`` are those of a request that failed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-    urls: Annotated[list[Annotated[str, AfterValidator(checked_url)]], Field(min_length=1)]
+    urls: Annotated[list[Annotated[str, AfterValidator(_checked_url)]], Field(min_length=1)]
     names: dict[str, str] = {}
     tokenizer: str = ""
     key_variable: Annotated[str, Field(pattern=r"^([A-Z_][A-Z0-9_]*)?$")] = ""
     concurrency: Annotated[int, Field(ge=1, strict=True)] = 32
+    timeout: Annotated[float, Field(gt=0)] = 600.0
+    retries: Annotated[int, Field(ge=0, strict=True)] = 5
 
     @classmethod
     def of(cls, given: str) -> "Servers | None":
@@ -62,53 +75,36 @@ def open_engine(model: str, scenario: str, arm: str, adapter: str, servers: str,
     as late. Raises ValueError where arm, adapter and servers don't fit together, and what either engine raises.
     """
     served = Servers.of(servers)
-    _check(model, scenario, arm, adapter, served)
     # Either engine's libraries take seconds to import, and a run needs one of them.
     if served is None:
+        if (arm == "base") != (adapter == ""):
+            raise ValueError(
+                f"arm {arm!r} with adapter {adapter!r}: base takes no adapter; dpo and grpo need one, or servers "
+                "that serve the aligned model"
+            )
         from atp_utils.engines.transformers_engine import TransformersEngine
 
         return TransformersEngine(model, adapter or None, **settings)
-    from atp_utils.engines.openai_engine import OpenAIEngine
-
     name = served.name_of(model, scenario, arm)
-    asked = {"model": name, "tokenizer": served.tokenizer}
-    engine = OpenAIEngine(
-        name,
-        served.urls,
-        tokenizer=served.tokenizer or None,
-        key_variable=served.key_variable,
-        concurrency=served.concurrency,
-        identity=_known_identity(out, asked),
-    )
-    files.write_json(out / SERVED, asked | {"identity": engine.identity})
-    return engine
-
-
-def _check(model: str, scenario: str, arm: str, adapter: str, served: Servers | None) -> None:
-    if served and adapter:
-        name = served.name_of(model, scenario, arm)
+    if adapter:
         raise ValueError(
             f"adapter {adapter!r} together with servers: a server answers with the weights that it was started with. "
             f"Serve the adapter there (vLLM: --lora-modules {name}={adapter}) and leave adapter empty; the arm is "
             f"then asked for as {name!r}, or as the servers' names say"
         )
-    if not served and (arm == "base") != (adapter == ""):
-        raise ValueError(
-            f"arm {arm!r} with adapter {adapter!r}: base takes no adapter; dpo and grpo need one, or servers "
-            "that serve the aligned model"
-        )
+    from atp_utils.engines.openai_engine import OpenAIEngine, sent
+
+    asked = {"model": name, "sent": sent(served.tokenizer)}
+    engine = OpenAIEngine(name, served, _known_identity(out, asked))
+    files.write_json(out / SERVED, asked | {"identity": engine.identity})
+    return engine
 
 
 def _known_identity(folder: Path, asked: dict[str, str]) -> str | None:
     """The identity under which the folder's replies stand, if the same was ``asked`` for then."""
-    replies = folder / REPLIES
-    if not (folder / SERVED).is_file() or not replies.is_file() or not replies.stat().st_size:
+    path, replies = folder / SERVED, folder / REPLIES
+    if not path.is_file() or not replies.is_file() or not replies.stat().st_size:
         return None
     # JSON is YAML, and damage gets an error that names the file.
-    known = files.read_yaml(folder / SERVED, dict[str, str])
-    if not asked.items() <= known.items():
-        return None
-    from atp_utils.engines.openai_engine import sent
-
-    identity = known.get("identity", "")
-    return identity if f"sent={sent(asked['tokenizer'])}" in identity.split("|") else None
+    known = files.read_yaml(path, dict[str, str])
+    return known.get("identity") if asked.items() <= known.items() else None

@@ -1,5 +1,6 @@
 """Keys and values: a cache that grows in place, the prefixes kept between rounds, and the models that this fits."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -22,15 +23,12 @@ class GrowingLayer(DynamicLayer):
     half of the time of a batch of chats on a CPU.
     """
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self._buffers: list[torch.Tensor | None] = [None, None]
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            self._buffers: list[torch.Tensor | None] = [None, None]
         start = self.get_seq_length()
         self.keys = self._extended(0, self.keys, start, key_states)
         self.values = self._extended(1, self.values, start, value_states)
@@ -107,8 +105,8 @@ def check_attention(name: str, config: Any) -> None:
         )
 
 
-def context_length(config: Any) -> int | None:
-    """Tokens that a model can read with the positions that it was trained on; None where it has no limit.
+def context_length(config: Any) -> float:
+    """Tokens that a model can read with the positions that it was trained on; infinite where it has no limit.
 
     LongRoPE (Phi 3) has other frequencies for long chats than for short ones. They would mix in a batch and in kept
     keys, so the limit is where they change.
@@ -117,7 +115,7 @@ def context_length(config: Any) -> int | None:
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return rope["original_max_position_embeddings"]
-    return getattr(text, "max_position_embeddings", None)
+    return getattr(text, "max_position_embeddings", None) or math.inf
 
 
 def _chat_key(messages: Sequence[Message]) -> str:

@@ -1,260 +1,179 @@
-"""The engine for servers: any that speak OpenAI's protocol (vLLM, SGLang, llama.cpp, Ollama, `transformers serve`).
+"""The engine for servers that speak OpenAI's protocol: vLLM, SGLang, llama.cpp, `transformers serve`, OpenAI's own.
 
-Who repeats what: the ``openai`` client asks a server again, ``retries`` times, after time-outs, broken connections
-and the statuses 408, 409, 429 and 5xx, with jittered exponential backoff, or after as long as ``Retry-After`` says
-(at most two minutes). ``tenacity`` repeats, as often, what the client takes for a reply and isn't (garbage, a cut
-body), and where there are several servers it leaves one that stayed out for the next.
+Who repeats what: the ``openai`` client asks a server again after time-outs, broken connections and the statuses 408,
+409, 429 and 5xx, with growing waits or after as long as ``Retry-After`` says. ``tenacity`` repeats what the client
+takes for a reply and isn't, and where there are several servers it leaves one that stayed out for the next.
 
-A forced choice is answered in the best of three ways that the servers offer; ``finish_reason`` says which:
-
-- ``scored``: ``/completions`` echoes log P of every option's tokens (vLLM, SGLang), as `TransformersEngine` has it.
-  The chat is rendered and tokenised here, so the engine needs to be told the ``tokenizer``.
-- ``first_token``: the chat is answered under a JSON schema; log P of the first token that tells the options apart.
-  ``first_token:bound`` where an option is so unlikely that the server doesn't list it: at most what is left is its.
-- ``sampled:<reason>``: the text of that chat. There are no probabilities, and text that is no option is invalid.
-
-A chat that is too long for the model is answered with no text and the finish reason ``context``.
+A forced choice is answered in the best way that the servers offer, which ``finish_reason`` names (docs/servers.md). A
+chat that is too long for the model is answered with no text and the finish reason ``context``.
 """
 
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from queue import SimpleQueue
+import hashlib
+import itertools
+import json
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from typing import Any
 
-import openai
 import tenacity
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
 
-from atp_utils.engines import openai_wire as wire
-from atp_utils.engines.openai_servers import Connection, Unusable
+from atp_utils.engines import Servers, openai_wire
+from atp_utils.engines.openai_servers import Refused, Server, Unusable
 from atp_utils.evolution.requests import Reply, Request, collapse
+from atp_utils.support.code_digest import PACKAGE, code_of
 
 WAIT = tenacity.wait_random_exponential(multiplier=0.5, max=30)
-NO_SCORING = {400, 404, 405, 415, 422, 501}
-TOO_LONG = Reply("", 0, 0, "context")
-
-
-@dataclass
-class _Server:
-    url: str
-    client: openai.AsyncOpenAI
-    known: wire.Listing
-    failures: int = 0
-    in_flight: int = 0
+PROBE = Request("probe", ({"role": "user", "content": "Yes or no?"},), 0, ("Yes", "No"))
 
 
 class OpenAIEngine:
-    """Answers `Request`s with ``model`` on the servers at ``urls``, ``concurrency`` at a time over all of them.
+    """Answers `Request`s with ``model``, as the servers call it.
 
-    The key is read from the environment variable ``key_variable`` whenever it is needed; the default is for servers
-    without keys. ``timeout`` is in seconds without a byte from the server. The servers are asked at once what they
-    serve, which costs no token: raises ValueError for a wrong address or another model, PermissionError for a refused
-    or missing key, ConnectionError for a server that can't be reached. With the ``identity`` of an earlier run they
-    are asked only once a reply is needed, so that a finished run is replayed without them. ``answered`` counts
-    replies, ``retried`` repeated requests.
+    The servers are asked at once what they serve, which costs no token: raises ValueError for a wrong address or
+    another model, PermissionError for a refused or missing key, ConnectionError for a server that can't be reached.
+    With the ``identity`` of an earlier run they are asked only once a reply is needed, so that a finished run is
+    replayed without them. ``answered`` counts replies.
     """
 
-    def __init__(
-        self,
-        model: str,
-        urls: str | Sequence[str],
-        *,
-        tokenizer: str | None = None,
-        key_variable: str = "",
-        concurrency: int = 32,
-        timeout: float = 600.0,
-        retries: int = 5,
-        identity: str | None = None,
-    ):
-        if concurrency < 1 or retries < 0 or not timeout > 0:
-            raise ValueError(f"concurrency {concurrency}, retries {retries} or timeout {timeout} is out of range")
-        self.model, self.tokenizer, self.concurrency, self.retries = model, tokenizer, concurrency, retries
-        self._connection = Connection(key_variable, timeout, retries)
-        self.urls = [wire.checked_url(url) for url in ([urls] if isinstance(urls, str) else urls)]
-        if not self.urls:
-            raise ValueError("urls is empty: name at least one server, such as http://127.0.0.1:8000/v1")
-        self.answered = self.retried = 0
+    def __init__(self, model: str, served: Servers, identity: str | None = None):
+        self.model, self.served, self.identity = model, served, identity
+        self.answered = 0
+        self._servers: list[Server] = []
         self._refused: set[str] = set()
-        self._known: dict[str, wire.Listing] = {}
-        self._scores = None if tokenizer else False
-        self._asked = identity is None
-        self.identity = self._described() if identity is None else identity
+        self._scores: bool | None = None if served.tokenizer else False
+        self._thread = threading.local()
+        if identity is None:
+            self._connect()
 
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield ``(index, reply)`` as replies arrive; forced choices of equal content share one that has scores.
 
         Once a request has failed for good no other is sent; those under way are waited for and yielded, then the
-        error is raised: ConnectionError, PermissionError, or ValueError for what the servers refuse.
+        error is raised: ConnectionError, PermissionError, ValueError for what the servers refuse, or
+        NotImplementedError where one no longer scores options.
         """
-        if not self._asked and (found := self._described()) != self.identity:
-            before = f"the replies before came from {self.identity!r}: serve that again, or use another folder (out)"
-            raise ValueError(f"the servers have {found!r} (sent= is how they are asked), {before}")
-        self._asked = True
-        # A loop in a thread of its own, because Jupyter's is already running.
-        with start_blocking_portal() as portal, portal.wrap_async_context_manager(self._connected()) as servers:
-            if self._scores is None and any(request.options for request in requests):
-                self._scores = portal.call(self._probe, servers)
-            yield from self._answer(portal, servers, requests)
-
-    def _answer(
-        self, portal: BlockingPortal, servers: list[_Server], requests: Sequence[Request]
-    ) -> Iterator[tuple[int, Reply]]:
-        groups, running, failure = deque(collapse(requests)), {}, None
-        done: SimpleQueue[Future] = SimpleQueue()
+        if not self._servers:
+            self._connect()
+        if self._scores is None and any(request.options for request in requests):
+            self._scores = self._can_score()
+        # Threads, because Jupyter has an event loop running already. Each keeps to one server, and goes on to the next
+        # where that stays out.
+        groups, places = collapse(requests), itertools.count()
+        pool = ThreadPoolExecutor(self.served.concurrency, initializer=lambda: self._begin(next(places)))
         try:
-            while running or (groups and failure is None):
-                while groups and failure is None and len(running) < self.concurrency:
-                    group = groups.popleft()
-                    future = portal.start_task_soon(self._ask, servers, requests[group[0]])
-                    running[future] = group
-                    future.add_done_callback(done.put)
-                future = done.get()
-                group = running.pop(future)
-                if error := future.exception():
-                    failure = failure or error
-                    continue
-                outcome = future.result()
-                self.answered += 1
-                if requests[group[0]].options and outcome.logprobs is None and outcome is not TOO_LONG:
-                    # Sampled text answers one request, by its seed; the others need their own.
-                    groups.extendleft([index] for index in reversed(group[1:]))
-                    group = group[:1]
-                for index in group:
-                    yield index, outcome
+            while groups:
+                groups = yield from self._answer_each(pool, requests, groups)
         finally:
-            for future in running:
-                future.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _answer_each(
+        self, pool: ThreadPoolExecutor, requests: Sequence[Request], groups: list[list[int]]
+    ) -> Generator[tuple[int, Reply], None, list[list[int]]]:
+        """Ask once for each group; returns what is left where sampled text, by its seed, answered one of several."""
+        asked = {pool.submit(self._retry, self._attempt, requests[group[0]]): group for group in groups}
+        left, failure = [], None
+        for future in as_completed(list(asked)):
+            group = asked.pop(future)
+            if future.cancelled():
+                continue
+            if error := future.exception():
+                failure = failure or error
+                for other in asked:
+                    other.cancel()
+                continue
+            reply = future.result()
+            self.answered += 1
+            shares = len(group) if not reply.finish_reason.startswith("sampled:") else 1
+            left += [[index] for index in group[shares:]]
+            for index in group[:shares]:
+                yield index, reply
         if failure is not None:
             raise failure
+        return left
 
-    async def _ask(self, servers: list[_Server], request: Request) -> Reply:
-        async def attempt() -> Reply:
-            return await self._attempt(min(servers, key=lambda s: (s.failures, s.in_flight)), request)
+    def _begin(self, place: int) -> None:
+        self._thread.place = place
 
-        return await self._retrying(Unusable if len(servers) == 1 else ConnectionError, len(servers))(attempt)
+    def _retry(self, call: Callable[..., Reply], *given: Any) -> Reply:
+        """What ``call`` returns, tried again after what is no reply, and wherever another server may stand in."""
+        kind = Unusable if len(self._servers) == 1 else ConnectionError
+        stop = tenacity.stop_after_attempt(max(self.served.retries + 1, len(self._servers)))
+        retrying = tenacity.Retrying(retry=tenacity.retry_if_exception_type(kind), stop=stop, wait=WAIT, reraise=True)
+        return retrying(call, *given)
 
-    def _retrying(self, kind: type[Exception], least: int = 1) -> tenacity.AsyncRetrying:
-        def count(_: tenacity.RetryCallState) -> None:
-            self.retried += 1
-
-        return tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(kind),
-            stop=tenacity.stop_after_attempt(max(self.retries + 1, least)),
-            wait=WAIT,
-            before_sleep=count,
-            reraise=True,
-        )
-
-    async def _attempt(self, server: _Server, request: Request) -> Reply:
-        server.in_flight += 1
+    def _attempt(self, request: Request) -> Reply:
+        server = self._servers[self._thread.place % len(self._servers)]
         try:
-            reply = await (self._score if request.options and self._scores else self._chat)(server, request)
-            server.failures = 0
-            return reply
-        except (openai.APIError, Unusable, wire.NotEchoed) as error:
-            server.failures += 1
-            raise self._connection.explained(server.url, error, request.key) from None
-        finally:
-            server.in_flight -= 1
+            return (self._score if request.options and self._scores else self._chat)(server, request)
+        except ConnectionError:
+            self._thread.place += 1
+            raise
+        except Refused as error:
+            if openai_wire.TOO_LONG.search(str(error)):
+                return Reply("", 0, 0, "context")
+            raise
 
-    async def _probe(self, servers: list[_Server]) -> bool:
+    def _can_score(self) -> bool:
         """Whether every server scores options: what a reply means must not depend on which one gave it."""
-        for server in servers:
-            try:
-                await self._retrying(Unusable)(self._score, server, wire.PROBE)
-            except (Unusable, wire.NotEchoed):
-                return False
-            except openai.APIError as error:
-                if getattr(error, "status_code", None) in NO_SCORING:
-                    return False
-                raise self._connection.explained(server.url, error, wire.PROBE.key) from None
+        try:
+            for server in self._servers:
+                self._retry(self._score, server, PROBE)
+        except (Refused, NotImplementedError):
+            return False
         return True
 
-    async def _score(self, server: _Server, request: Request) -> Reply:
+    def _score(self, server: Server, request: Request) -> Reply:
         """log P of every option's complete answer; all options in one request, as token ids."""
-        prompt, options = self._tokenised(request)
-        texts = [prompt + option for option in options]
-        try:
-            raw = await server.client.completions.with_raw_response.create(
-                model=self.model, prompt=texts, echo=True, logprobs=1, max_tokens=1, temperature=0
-            )
-        except openai.APIStatusError as error:
-            if wire.is_too_long(error.status_code, error.response.text, 1):
-                return TOO_LONG
-            raise
-        scores, shared = self._read(server, raw, lambda completion: wire.echoed_scores(completion, len(prompt), texts))
-        return Reply("", len(prompt), max(map(len, options)), "scored", scores, shared)
-
-    def _tokenised(self, request: Request) -> tuple[list[int], list[list[int]]]:
         # Imported here, because it takes seconds and only scoring needs it.
-        from atp_utils.models import load_tokenizer
-        from atp_utils.models.chat_template import tokenised
+        from atp_utils.models import chat_template, load_tokenizer
 
-        return tokenised(load_tokenizer(self.tokenizer), wire.sendable(request.messages), request.options)
+        messages = openai_wire.sendable(request.messages)
+        prompt, options = chat_template.tokenised(load_tokenizer(self.served.tokenizer), messages, request.options)
+        texts = [prompt + option for option in options]
+        body = {"prompt": texts, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+        read = partial(openai_wire.echoed_reply, prompt, options)
+        return server.ask(request.key, "/completions", Completion, body, read)
 
-    async def _chat(self, server: _Server, request: Request) -> Reply:
+    def _chat(self, server: Server, request: Request) -> Reply:
+        """A chat's reply, asked for again without the fields that the server refuses by name."""
+        messages, read = openai_wire.sendable(request.messages), partial(openai_wire.chat_reply, request)
         while True:
-            body = wire.chat_body(request, self._refused)
+            fields = openai_wire.chat_fields(request, self._refused)
             try:
-                raw = await server.client.chat.completions.with_raw_response.create(
-                    model=self.model, messages=wire.sendable(request.messages), extra_body=body
-                )
-            except openai.APIStatusError as error:
-                asked = body.get("max_tokens") or body["max_completion_tokens"]
-                if wire.is_too_long(error.status_code, error.response.text, asked):
-                    return TOO_LONG
-                named = wire.refused_fields(error.response.text, body) if error.status_code in (400, 422) else set()
+                body = {"messages": messages, **fields}
+                return server.ask(request.key, "/chat/completions", ChatCompletion, body, read)
+            except Refused as error:
+                named = openai_wire.refused_fields(str(error), fields)
                 if not named:
                     raise
                 self._refused |= named
-            else:
-                return self._read(server, raw, lambda chat: wire.chat_reply(chat, request))
 
-    def _read(self, server: _Server, raw: openai.APIResponse, reader: Callable[[Any], Any]) -> Any:
-        """What ``reader`` makes of a response; raises Unusable for none, ValueError for one of another model."""
-        self.retried += raw.retries_taken
-        try:
-            response = raw.parse()
-            read, told = reader(response), response.model
-        except wire.MALFORMED as error:
-            what = error if isinstance(error, wire.Fault) else "no completion"
-            raise Unusable(f"{what}: {self._connection.redacted(raw.text, 80)!r}") from None
-        if wire.is_another(told, self.model, server.known):
-            raise ValueError(
-                f"{server.url} answers as {told!r}, asked for {self.model!r}: serve the model by that name, or ask for "
-                "the one that answers (in a notebook: served_name); the replies before are kept, run again to go on"
-            )
-        return read
-
-    @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[list[_Server]]:
-        async with AsyncExitStack() as stack:
-            clients = [self._connection.open(openai.AsyncOpenAI, url) for url in self.urls]
-            entered = [await stack.enter_async_context(client) for client in clients]
-            servers = zip(self.urls, entered, strict=True)
-            yield [_Server(url, client, self._known[url]) for url, client in servers]
-
-    def _described(self) -> str:
-        """The model, what all servers say of it and how they are asked; raises ValueError if they differ."""
-        self._known = {url: self._connection.listed(self.model, url) for url in self.urls}
-        told = {url: known.facts for url, known in self._known.items()}
+    def _connect(self) -> None:
+        """Ask the servers what they serve; raises ValueError where that isn't one model or not that of ``identity``."""
+        servers = [Server(url, self.model, self.served) for url in self.served.urls]
+        told = {server.url: server.facts for server in servers}
         if len(set(told.values())) > 1:
             raise ValueError(f"the servers have different models by the name {self.model!r}: {told}")
-        parts = [wire.short_name(self.model), told[self.urls[0]], f"sent={sent(self.tokenizer)}"]
-        if self.tokenizer:
-            parts.append(f"tokenizer={wire.short_name(self.tokenizer)}")
-        return "|".join(filter(None, parts))
+        parts = [openai_wire.short_name(self.model), servers[0].facts, sent(self.served.tokenizer)]
+        found = "|".join(filter(None, parts))
+        if self.identity not in (None, found):
+            before = f"the replies before came from {self.identity!r}: serve that again, or use another folder (out)"
+            raise ValueError(f"the servers have {found!r}, {before}")
+        self.identity, self._servers = found, servers
 
 
-def sent(tokenizer: str | None) -> str:
-    """Digest of how chats are asked: the wire's form, and what the tokenizer's folder says besides its name."""
+def sent(tokenizer: str) -> str:
+    """How chats are asked, as a part of identities: this code, and the tokenizer with what it makes of a chat."""
+    code = f"code={code_of(f'{PACKAGE}/engines/openai_engine.py')[:16]}"
     if not tokenizer:
-        return wire.form()
-    from atp_utils.models import load_tokenizer
-    from atp_utils.models.chat_template import fingerprint, tokenised
+        return code
+    from atp_utils.models import chat_template, load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    return wire.form([fingerprint(loaded), tokenised(loaded, wire.PROBE.messages, wire.PROBE.options)])
+    made = [chat_template.fingerprint(loaded), chat_template.tokenised(loaded, PROBE.messages, PROBE.options)]
+    digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:8]
+    return f"{code}|tokenizer={openai_wire.short_name(tokenizer)}:{digest}"

@@ -13,13 +13,15 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
 from atp_utils import models
 from atp_utils.engines.kv_cache import KeptChats, check_attention, context_length, growing_cache
 from atp_utils.engines.next_token import processors
 from atp_utils.evolution.parsing import prompted_thinking
-from atp_utils.evolution.requests import Reply, Request, collapse
+from atp_utils.evolution.requests import Reply, Request, Sampling, collapse
 from atp_utils.models.chat_template import common_prefix, decode, encode, render, tokenised, turn_end
 from atp_utils.support.code_digest import PACKAGE, code_of
 
@@ -28,7 +30,8 @@ from atp_utils.support.code_digest import PACKAGE, code_of
 class _Row:
     """A chat in work: token ids, the part of an option's answer that all options share, its kept prefix.
 
-    ``opening`` is the mark of thinking that the prompt ends with and the reply therefore lacks, as a rule "".
+    ``opening`` is the mark of thinking that the prompt ends with and the reply therefore lacks, as a rule "";
+    ``indices`` are those of the requests that it answers.
     """
 
     request: Request
@@ -37,10 +40,11 @@ class _Row:
     tails: list[list[int]]
     shared: int
     kept: torch.Tensor | None
+    indices: Sequence[int]
 
     @property
-    def length(self) -> int:
-        return 0 if self.kept is None else self.kept.shape[-2]
+    def new(self) -> int:
+        return len(self.ids) - (0 if self.kept is None else self.kept.shape[-2])
 
 
 class TransformersEngine:
@@ -83,37 +87,33 @@ class TransformersEngine:
     @torch.inference_mode()
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield ``(index, reply)``, batch by batch; requests of equal content are computed once."""
-        groups = collapse(requests)
-        rows = [self._row(requests[group[0]]) for group in groups]
-        fitting = [i for i, row in enumerate(rows) if self._fits(row)]
-        for i in sorted(set(range(len(rows))).difference(fitting)):
-            for index in groups[i]:
-                yield index, Reply("", len(rows[i].ids) - rows[i].shared, 0, "context")
-        order = sorted(fitting, key=lambda i: (_kind(rows[i].request), len(rows[i].ids)))
-        for batch in self._batches(order, rows):
-            chunk = [rows[i] for i in batch]
-            forced = bool(chunk[0].request.options)
-            outcomes = self._choose(chunk) if forced else self._generate(chunk)
-            self.answered += len(chunk)
-            for i, outcome in zip(batch, outcomes, strict=True):
-                rows[i].kept = None
-                for index in groups[i]:
-                    yield index, outcome
+        rows = [self._row(requests[group[0]], group) for group in collapse(requests)]
+        # Requests of one kind can share a batch: as many options, or the same sampling settings.
+        kinds: dict[int | Sampling, list[_Row]] = {}
+        for row in sorted(rows, key=lambda row: len(row.ids)):
+            sampling = row.request.sampling
+            if len(row.ids) + max(map(len, row.tails), default=sampling.max_new_tokens) > self.context:
+                yield from ((index, Reply("", len(row.ids) - row.shared, 0, "context")) for index in row.indices)
+            else:
+                kinds.setdefault(len(row.tails) or sampling, []).append(row)
+        for batch in (batch for kind in kinds.values() for batch in self._batches(kind)):
+            outcomes = self._choose(batch) if batch[0].tails else self._generate(batch)
+            self.answered += len(batch)
+            for row, outcome in zip(batch, outcomes, strict=True):
+                row.kept = None
+                yield from ((index, outcome) for index in row.indices)
 
-    def _batches(self, order: list[int], rows: list[_Row]) -> Iterator[list[int]]:
-        batch: list[int] = []
-        for i in order:
-            grown = [*batch, i]
-            new = max(len(rows[j].ids) - rows[j].length for j in grown)
-            differs = batch and _kind(rows[i].request) != _kind(rows[batch[0]].request)
-            if batch and (differs or new * len(grown) > self.batch_tokens):
+    def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+        batch, fresh = [], 0
+        for row in rows:
+            fresh = max(fresh, row.new)
+            if batch and fresh * (len(batch) + 1) > self.batch_tokens:
                 yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
+                batch, fresh = [], row.new
+            batch.append(row)
+        yield batch
 
-    def _row(self, request: Request) -> _Row:
+    def _row(self, request: Request, indices: Sequence[int] = ()) -> _Row:
         opening = ""
         if request.options:
             prompt, options = tokenised(self.tokenizer, request.messages, request.options)
@@ -125,100 +125,72 @@ class TransformersEngine:
         tails = [option[shared:] for option in options]
         # What follows the prompt proper is always read anew: its logits are what is wanted.
         kept = self._kept.find(request.messages, ids, len(ids) - shared - 1)
-        return _Row(request, opening, ids, tails, shared, kept)
+        return _Row(request, opening, ids, tails, shared, kept, indices)
 
-    def _fits(self, row: _Row) -> bool:
-        more = max(map(len, row.tails)) if row.tails else row.request.sampling.max_new_tokens
-        return self.context is None or len(row.ids) + more <= self.context
+    def _padded(self, rows: Sequence[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask [rows, longest row], padded on the ``side``."""
+        ids = [torch.tensor(row, dtype=torch.long, device=self.model.device) for row in rows]
+        mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, side)
+        return pad_sequence(ids, True, self.tokenizer.pad_token_id, side), mask
 
-    def _assemble(self, rows: list[_Row]) -> tuple[torch.Tensor, torch.Tensor, Cache]:
+    def _assemble(self, rows: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor, Cache]:
         """Ids and mask [rows, prefix + new tokens], and a cache holding the prefixes, all left-padded."""
-        self.forward_tokens += sum(len(row.ids) - row.length for row in rows)
-        fresh = max(len(row.ids) - row.length for row in rows)
-        for row in rows:
-            # Where padding would stand between prefix and new tokens, the prefix's last tokens are read once more: a
-            # gap takes places in a sliding window.
-            fitting = max(len(row.ids) - fresh, 0)
-            row.kept = row.kept[..., :fitting, :] if row.kept is not None and fitting else None
-        prefix = max(row.length for row in rows)
-        ids = torch.full((len(rows), prefix + fresh), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for place, row in enumerate(rows):
-            ids[place, ids.shape[1] - len(row.ids) :] = torch.tensor(row.ids, dtype=ids.dtype)
-            mask[place, ids.shape[1] - len(row.ids) :] = 1
-        cache = growing_cache()
+        self.forward_tokens += sum(row.new for row in rows)
+        fresh = max(row.new for row in rows)
+        ids, mask = self._padded([row.ids for row in rows], "left")
+        prefix, cache = ids.shape[1] - fresh, growing_cache()
         if prefix:
             sample = next(row.kept for row in rows if row.kept is not None)
-            for layer in range(sample.shape[0]):
-                shape = (2, len(rows), sample.shape[2], prefix, sample.shape[4])
-                both = sample.new_zeros(shape)
-                for place, row in enumerate(rows):
-                    if row.kept is not None:
-                        both[:, place, :, prefix - row.length :] = row.kept[layer]
-                cache.update(both[0], both[1], layer)
-        return ids.to(self.model.device), mask.to(self.model.device), cache
+            # Where padding would stand between prefix and new tokens, the prefix's last tokens are read once more: a
+            # gap takes places in a sliding window.
+            ends = [max(len(row.ids) - fresh, 0) for row in rows]
+            kept = [(row.kept if end else sample)[..., :end, :] for row, end in zip(rows, ends, strict=True)]
+            for layer in range(len(sample)):
+                both = [pad(each[layer], (0, 0, prefix - each.shape[-2], 0)) for each in kept]
+                cache.update(*torch.stack(both, dim=1), layer)
+        return ids, mask, cache
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, keep: int) -> torch.Tensor:
         """Logits [rows, keep, vocabulary] in float32 after the last ``keep`` tokens of ``ids``."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
+        read = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        out = self.model(**read, past_key_values=cache, use_cache=True, logits_to_keep=keep)
         return out.logits.float()
 
-    def _choose(self, rows: list[_Row]) -> list[Reply]:
+    def _choose(self, rows: Sequence[_Row]) -> list[Reply]:
         """Score every option's complete answer."""
         ids, mask, cache = self._assemble(rows)
         keep = max(row.shared for row in rows) + 1
         after = self._forward(ids[:, cache.get_seq_length() :], mask, cache, keep).log_softmax(-1)
-        shared = [_last_sum(after[p], row.ids[len(row.ids) - row.shared :]) for p, row in enumerate(rows)]
+        starts = [len(row.ids) - row.shared for row in rows]
+        shared = [_total(after[i, -row.shared - 1 :], row.ids[starts[i] :]) for i, row in enumerate(rows)]
         for place, row in enumerate(rows):
             self._kept.keep(row.request.messages, row.ids, cache, place, mask[place].nonzero().flatten())
-        ends = [
-            self._score_tails([row.tails[i] for row in rows], after[:, -1], mask, cache)
-            for i in range(len(rows[0].tails))
-        ]
-        return [
-            Reply(
-                text="",
-                prompt_tokens=len(row.ids) - row.shared,
-                completion_tokens=row.shared + max(map(len, row.tails)),
-                logprobs=tuple(shared[place] + end[place] for end in ends),
-                shared=shared[place],
-            )
-            for place, row in enumerate(rows)
-        ]
+        by_option = zip(*(row.tails for row in rows), strict=True)
+        ends = [self._score_tails(tails, after[:, -1], mask, cache) for tails in by_option]
+        replies = []
+        for place, row in enumerate(rows):
+            scores = tuple(shared[place] + end[place] for end in ends)
+            longest = row.shared + max(map(len, row.tails))
+            replies.append(Reply("", starts[place], longest, logprobs=scores, shared=shared[place]))
+        return replies
 
     def _score_tails(
-        self, tails: list[list[int]], after: torch.Tensor, mask: torch.Tensor, cache: Cache
+        self, tails: Sequence[list[int]], after: torch.Tensor, mask: torch.Tensor, cache: Cache
     ) -> list[float]:
         """log P(tail | what the cache holds) of one option for every row; the cache is left as it was.
 
-        ``after`` [rows, vocabulary] are the log-probabilities of a tail's first token. Tails are right-padded.
+        ``after`` [rows, vocabulary] are the log-probabilities of a tail's first token.
         """
-        scores = [float(after[place, tail[0]]) if tail else 0.0 for place, tail in enumerate(tails)]
-        longest = max(map(len, tails)) - 1
-        if longest < 1:
+        scores = [_total(row[None], tail[:1]) for row, tail in zip(after, tails, strict=True)]
+        read = [tail[:-1] for tail in tails]
+        if not any(read):
             return scores
-        fed = torch.full((len(tails), longest), self.tokenizer.pad_token_id)
-        fed_mask = torch.zeros_like(fed)
-        for place, tail in enumerate(tails):
-            read = tail[:-1]
-            fed[place, : len(read)] = torch.tensor(read, dtype=fed.dtype)
-            fed_mask[place, : len(read)] = 1
-            self.forward_tokens += len(read)
-        joint = torch.cat([mask, fed_mask.to(mask.device)], dim=1)
-        following = self._forward(fed.to(mask.device), joint, cache, longest).log_softmax(-1)
-        cache.crop(-longest)
-        return [
-            score + float(sum(following[place, i, token] for i, token in enumerate(tails[place][1:])))
-            for place, score in enumerate(scores)
-        ]
+        self.forward_tokens += sum(map(len, read))
+        ids, read_mask = self._padded(read, "right")
+        following = self._forward(ids, torch.cat([mask, read_mask], dim=1), cache, ids.shape[1]).log_softmax(-1)
+        cache.crop(-ids.shape[1])
+        return [score + _total(following[place], tails[place][1:]) for place, score in enumerate(scores)]
 
     def _generate(self, rows: list[_Row]) -> list[Reply]:
         ids, mask, cache = self._assemble(rows)
@@ -267,22 +239,6 @@ class TransformersEngine:
         return sorted(token for token in found if token is not None)
 
 
-def _kind(request: Request) -> tuple:
-    """Requests of one kind can share a batch: as many options, or the same sampling settings."""
-    sampling = request.sampling
-    if request.options:
-        return (0, len(request.options))
-    return (
-        1,
-        sampling.max_new_tokens,
-        sampling.temperature,
-        sampling.top_p,
-        sampling.top_k,
-        sampling.thinking,
-    )
-
-
-def _last_sum(logprobs: torch.Tensor, tokens: Sequence[int]) -> float:
-    """Sum of the log-probabilities of ``tokens``, the last ones that were read; the last row follows them."""
-    rows = logprobs[-len(tokens) - 1 : -1]
-    return float(sum(rows[i, token] for i, token in enumerate(tokens)))
+def _total(logprobs: torch.Tensor, tokens: Sequence[int]) -> float:
+    """Sum of the log-probabilities [tokens or more, vocabulary] of ``tokens``."""
+    return float(sum(logprobs[i, token] for i, token in enumerate(tokens)))
