@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
-from atp_utils import resolve, shown
+from atp_utils import resolve
 from atp_utils.engines import Servers
 from atp_utils.evolution.protocol import Name as ProtocolName
 from atp_utils.scenarios.base import Fold
@@ -25,18 +25,17 @@ from atp_utils.support.values import (
     Distinct,
     Flag,
     Natural,
+    NotNegative,
     Parameters,
     Positive,
     Precision,
     Rate,
-    Real,
     Share,
     Temperature,
     Text,
     option,
 )
 
-NOTEBOOKS = Path("notebooks")
 PROFILES = Path("profiles")
 # What the pipeline gives each job; a profile's value would be ignored.
 GIVEN = {"model", "scenario", "arm", "condition", "adapter", "data", "out", "results", "figures", "overwrite"}
@@ -93,9 +92,11 @@ class Dpo(Training):
     max_pairs: Positive = option(2000, "most pairs (tool use)")
     epochs: Rate = option(12.0, "passes over the pairs, where max_steps is 0")
     batch_size: Positive = option(4, "pairs that are computed at once")
-    beta: Annotated[Real, Field(ge=0)] = option(0.1, "how far the policy may move from where it started")
+    beta: NotNegative = option(0.1, "how far the policy may move from where it started")
     max_attempts: Positive = option(3, "how often a reply is asked for in all")
     max_new_tokens: Positive = option(96, "longest written reply")
+    min_mass: Share = option(0.5, "least probability of the two bare answers together; below it a training fails")
+    stop_margin: NotNegative = option(0.0, "margin at which training ends, all pairs being apart; 0: never")
 
 
 class Grpo(Training):
@@ -104,7 +105,7 @@ class Grpo(Training):
     prefill: str = option('{"choice": "', "beginning of every reply, given to the model")
     epochs: Rate = option(6.0, "passes over the prompts, where max_steps is 0")
     group_size: Annotated[int, Field(ge=2, strict=True)] = option(4, "replies to a prompt")
-    beta: Annotated[Real, Field(ge=0)] = option(0.04, "weight of the KL term")
+    beta: NotNegative = option(0.04, "weight of the KL term")
     max_new_tokens: Positive = option(8, "longest reply")
     thinking: Flag = option(False, "whether a model that can think may (reason)")
     use_vllm: Flag = option(False, "whether vLLM writes the replies on the same GPUs")
@@ -140,9 +141,9 @@ MODELS |= {notebook: SCENARIOS[name].Evolution for name, notebook in EVOLVE.item
 
 
 def model_of(notebook: str) -> type[Parameters]:
-    """The parameters of a notebook; raises FileNotFoundError where there is none of this name."""
+    """The parameters of a notebook; raises ValueError where there is none of this name."""
     if notebook not in MODELS:
-        raise FileNotFoundError(f"no notebook {notebook!r} in {NOTEBOOKS} (there are: {', '.join(sorted(MODELS))})")
+        raise ValueError(f"no notebook {notebook!r} (there are: {', '.join(sorted(MODELS))})")
     return MODELS[notebook]
 
 
@@ -181,14 +182,37 @@ def table(notebook: str) -> str:
     return "\n".join(f"{name:{wide}}  {defaults[name]:{far}}  {fields[name].description}" for name in fields)
 
 
-def _models(settings: dict[str, Any]) -> dict[str, Any]:
-    """Refuse names that no folder can have, and two names of one model or one folder."""
+def _models(models: dict[str, Any]) -> dict[str, Any]:
+    """Refuse names that no folder can have, two names of one model or one folder, and settings for all models."""
     for alike in (as_folder, resolve):
         seen: dict[Any, str] = {}
-        for name in settings:
+        for name in models:
             if (other := seen.setdefault(alike(name), name)) != name:
                 raise ValueError(f"{other!r} and {name!r} are the same model, or would share a folder of results")
+    for key in (key for settings in models.values() for key in settings):
+        if "model" not in model_of(key.partition("/")[0]).model_fields:
+            raise ValueError(f"{key} runs for all models at once: its settings belong under notebooks")
+    return models
+
+
+def _settings(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Refuse what no run would look for, and values that its notebook refuses."""
+    for key, values in settings.items():
+        book, slash, scenario = key.partition("/")
+        try:
+            if slash and "scenario" not in model_of(book).model_fields:
+                raise ValueError(f"{book} takes no scenario")
+            if slash and scenario not in SCENARIOS:
+                raise ValueError(f"no scenario {scenario!r} (there are: {', '.join(SCENARIOS)})")
+            if given := sorted(GIVEN.intersection(values)):
+                raise ValueError(f"{given[0]} is set by the pipeline, or by -p; no profile can set it")
+            check(book, values)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
     return settings
+
+
+Settings = Annotated[dict[str, dict[str, Any]], AfterValidator(_settings)]
 
 
 class Profile(BaseModel):
@@ -200,11 +224,15 @@ class Profile(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    models: Annotated[dict[Text, dict[str, dict[str, Any]]], Field(min_length=1), AfterValidator(_models)]
+    models: Annotated[dict[Text, Settings], Field(min_length=1), AfterValidator(_models)]
     arms: Annotated[list[Arm], Field(min_length=1), Distinct]
     scenarios: Annotated[list[ScenarioName], Field(min_length=1), Distinct]
+<<<<<<< ours
     conditions: dict[ScenarioName, Annotated[list[Text], Field(min_length=1), Distinct]] = {}
     notebooks: dict[str, dict[str, Any]]
+=======
+    notebooks: Settings
+>>>>>>> theirs
 
     @property
     def evolutions(self) -> list[tuple[str, str]]:
@@ -250,10 +278,16 @@ def run_folder(profile: str) -> str:
 def read_profile(name: str) -> Profile:
     """The profile ``profiles/<name>.yaml``, or the file ``name`` if it ends in .yaml, every parameter checked.
 
-    Raises FileNotFoundError, or ValueError naming file, line, key and what was expected.
+    Raises FileNotFoundError, or ValueError naming file, key and what was expected.
     """
-    path = resolve(name if name.endswith(".yaml") else PROFILES / f"{name}.yaml")
+    return files.read_yaml(named_file("profile", PROFILES, name), Profile)
+
+
+def named_file(what: str, folder: Path, name: str) -> Path:
+    """The file ``folder/<name>.yaml``, or ``name`` itself if it ends in .yaml; FileNotFoundError names those there."""
+    path = resolve(name if name.endswith(".yaml") else folder / f"{name}.yaml")
     if not path.is_file():
+<<<<<<< ours
         known = ", ".join(sorted(found.stem for found in resolve(PROFILES).glob("*.yaml")))
         raise FileNotFoundError(f"no profile {name!r} (there are: {known})")
     profile = files.read_yaml(path, Profile)
@@ -293,3 +327,8 @@ def _checked_book(key: str, section: str) -> str:
     if section == "models" and "model" not in names:
         raise ValueError(f"{book} runs for all models at once: its settings belong under notebooks")
     return book
+=======
+        known = ", ".join(sorted(found.stem for found in resolve(folder).glob("*.yaml")))
+        raise FileNotFoundError(f"no {what} {name!r} (there are: {known})")
+    return path
+>>>>>>> theirs

@@ -30,7 +30,7 @@ ITEMS, STEPS = 2, 2
 
 
 def pilot(profile: Profile, folder: Path) -> pd.DataFrame:
-    """One row a kind of job: model, scenario, job, jobs, unit, units, seconds and tokens a unit, hours, memory_gb.
+    """One row a kind of job: model, scenario, job, jobs, unit, units, seconds and tokens a unit, hours.
 
     Runs in ``folder``. ``jobs`` counts the arms and conditions that an evolution is run for (each
     taken to be as long as the standard one); ``units`` and ``hours`` are of all of
@@ -43,8 +43,9 @@ def pilot(profile: Profile, folder: Path) -> pd.DataFrame:
         for name in profile.scenarios:
             given = {"model": model, "data": str(data), "overwrite": True}
             place = folder / name / as_folder(model)
-            rows += _trainings(profile, SCENARIOS[name], given, place)
-            rows.append(_evolution(profile, SCENARIOS[name], given, place / "evolution"))
+            jobs = [*_trainings(profile, SCENARIOS[name], given, place)]
+            jobs.append(_evolution(profile, SCENARIOS[name], given, place / "evolution"))
+            rows += [{"model": model, "scenario": name} | job for job in jobs]
     return pd.DataFrame(rows)
 
 
@@ -58,8 +59,6 @@ def _evolution(profile: Profile, scenario: Scenario, given: dict[str, Any], out:
     seconds, table = _timed(small.play)
     tokens = (table["prompt_tokens"] + table["completion_tokens"]).mean()
     return {
-        "model": given["model"],
-        "scenario": scenario.name,
         "job": "evolution",
         "makes": scenario.paper,
         "jobs": len(profile.arms) * conditions,
@@ -74,6 +73,7 @@ def _trainings(profile: Profile, scenario: Scenario, given: dict[str, Any], plac
     for method in (arm for arm in profile.arms if arm != "base"):
         book, out = ALIGN[method], place / method
         asked = profile.given(book, scenario.name, given["model"]) | given | {"scenario": scenario.name}
+        asked |= {"min_mass": 0} if method == "dpo" else {}
         whole = parameters.check(book, asked)
         run = Run(book, parameters.check(book, asked | {"max_steps": STEPS, "out": str(out)}), out, scenario)
         items = pairs.training_items(run, method)
@@ -86,8 +86,6 @@ def _trainings(profile: Profile, scenario: Scenario, given: dict[str, Any], plac
             rows, count, writing = pairs.reward_rows(run, items[:ITEMS]), 2 * len(items), 0.0
         seconds, _ = _timed(lambda run=run, rows=rows, method=method: trainer.adapter(run, method, rows))
         yield {
-            "model": given["model"],
-            "scenario": scenario.name,
             "job": method,
             "makes": f"{method} arm of {scenario.paper}",
             "jobs": 1,
@@ -97,13 +95,13 @@ def _trainings(profile: Profile, scenario: Scenario, given: dict[str, Any], plac
 
 def _extrapolated(unit: str, units: int, seconds: float, once: float) -> dict[str, Any]:
     """``units`` of work of so many ``seconds`` each, after what takes time ``once``."""
-    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident()
-    hours = (units * seconds + once) / 3600
-    return {"unit": unit, "units": units, "seconds": seconds, "hours": hours, "memory_gb": memory / 1e9}
+    return {"unit": unit, "units": units, "seconds": seconds, "hours": (units * seconds + once) / 3600}
 
 
-def _resident() -> int:
-    """Most bytes of main memory that this process has held; Linux counts KiB, macOS bytes."""
+def _most_memory() -> int:
+    """Most bytes that this process has held: of the GPU's memory, or else of the machine's (Linux counts in KiB)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -131,6 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(table.to_string(index=False, float_format="{:.3g}".format, na_rep="–"))
     print(f"{table['jobs'].sum()} jobs, {table['hours'].sum():.1f} hours one after the other on this machine")
+    print(f"the largest of these small jobs held {_most_memory() / 1e9:.1f} GB")
     return 0
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import papermill
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
-from zmq import IPC_PATH_MAX_LEN
 
 from atp_utils import ROOT, parameters, resolve, shown
 
@@ -31,8 +30,9 @@ def run(notebook: str | Path, out: str | Path, values: dict) -> None:
     os.environ.setdefault("ATP_PROGRESS", progress_file())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.getLogger("papermill").setLevel(logging.WARNING)
-    # Sockets in a folder of this user's own; TCP ports on a shared machine are anybody's.
-    with tempfile.TemporaryDirectory(prefix="atp-", dir=socket_folder()) as sockets:
+    # Sockets in a folder of this user's own: TCP ports on a shared machine are anybody's. The system limits a socket's
+    # path to about a hundred bytes, which a TMPDIR may exceed.
+    with tempfile.TemporaryDirectory(prefix="atp-", dir="/tmp") as sockets:
         transport = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
         papermill.execute_notebook(
             str(source),
@@ -52,19 +52,6 @@ def check_target(source: Path, target: Path) -> None:
         return
     if target.samefile(source) or '"papermill": {' not in target.read_text(encoding="utf-8", errors="replace"):
         raise FileExistsError(f"{shown(target)} is no executed notebook and stays: name another file, or remove it")
-
-
-def socket_folder() -> str:
-    """A folder whose path leaves room for a kernel's sockets: the first of TMPDIR, XDG_RUNTIME_DIR and /tmp.
-
-    The system limits a socket's path to about a hundred bytes. Raises ValueError where all are too long or closed.
-    """
-    room = IPC_PATH_MAX_LEN - len("/atp-12345678/kernel-5")
-    folders = [tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp"]
-    for folder in folders:
-        if folder and len(os.fsencode(folder)) <= room and os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    raise ValueError(f"no folder for a kernel's sockets: set TMPDIR to a writable path of at most {room} bytes")
 
 
 def progress_file() -> str:

@@ -31,7 +31,9 @@ def test_rewards_are_the_papers(item):
     rows = [{"options": list(item.options), "compliant": item.compliant, "prefill": '{"choice": "'}] * 2
     texts = [f'{item.compliant}"}} and', f"{item.compliant}, then"]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    assert preferences.rewards(texts, **columns, prompts=["", ""]) == [1.0, 0.0]
+    logged = {}
+    assert preferences.rewards(texts, **columns, prompts=["", ""], log_metric=logged.__setitem__) == [1.0, 0.0]
+    assert logged == {"valid": 0.5}
 
 
 def test_pairs_prefer_the_rule_and_have_no_history(splits, embedded, tmp_path):
@@ -107,7 +109,7 @@ class Killed(RuntimeError):
 def test_dpo_trains_resumes_and_is_not_repeated(splits, embedded, tmp_path, monkeypatch):
     rows = rows_of(a_run("dpo", embedded, tmp_path), splits[0][:4])
     whole = trainer.adapter(a_run("dpo", embedded, tmp_path / "whole", **SETTINGS), "dpo", rows)
-    assert list(whole.columns) == ["step", "loss", "margin", "accuracy"] and list(whole["step"]) == [1, 2]
+    assert list(whole.columns) == ["step", "loss", "margin", "accuracy", "mass"] and list(whole["step"]) == [1, 2]
     assert whole["loss"][0] == pytest.approx(0.6931, abs=1e-3)
 
     def killer(self, args, state, control, **_):
@@ -117,7 +119,7 @@ def test_dpo_trains_resumes_and_is_not_repeated(splits, embedded, tmp_path, monk
     out = tmp_path / "broken"
     run = a_run("dpo", embedded, out, **SETTINGS)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(trainer._Bar, "on_save", killer, raising=False)
+        patch.setattr(trainer._Steps, "on_save", killer, raising=False)
         trainer.adapter(run, "dpo", rows)
     assert not (out / "manifest.json").exists()
     resumed = trainer.adapter(run, "dpo", rows)
@@ -157,6 +159,6 @@ def test_grpo_trains_on_what_the_reward_says(splits, embedded, tmp_path):
     assert all(row["prompt"].endswith('assistant\n{"choice": "') for row in rows)
     changes = SETTINGS | {"max_steps": 1, "batch_size": 1, "group_size": 4, "max_new_tokens": 4, "beta": 0.04}
     log = trainer.adapter(a_run("grpo", embedded, tmp_path, **changes), "grpo", rows)
-    assert list(log.columns) == ["step", "loss", "reward", "kl", "dead_groups"]
-    assert 0 <= log["reward"][0] <= 1 and log["dead_groups"][0] in (0, 1)
+    assert list(log.columns) == ["step", "loss", "reward", "valid", "kl", "dead_groups"]
+    assert 0 <= log["reward"][0] <= log["valid"][0] <= 1 and log["dead_groups"][0] in (0, 1)
     models.check_adapter(tmp_path, embedded)

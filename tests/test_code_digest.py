@@ -10,7 +10,7 @@ import pytest
 import atp_utils
 from atp_utils import ROOT
 from atp_utils.scenarios.registry import SCENARIOS, source
-from atp_utils.support.code_digest import closure, code_digest
+from atp_utils.support.code_digest import closure, code_of
 
 BOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 # What a run imports or starts late, by the end of its path: an engine when it is opened, the sandbox's other process.
@@ -100,7 +100,13 @@ def package(tmp_path, monkeypatch):
 )
 def test_ways_to_reach_a_module(package, cell, reached):
     reached = [f"engines/{name}" if name == "cache" else name for name in reached]
-    found = package(cell, a="from . import b", b="", engines__transformers="from .cache import x", engines__cache="")
+    found = package(
+        cell,
+        a="from atp_utils import b",
+        b="",
+        engines__transformers="from atp_utils.engines.cache import x",
+        engines__cache="",
+    )
     assert found == sorted(["__init__", *reached])
 
 
@@ -123,14 +129,14 @@ def test_the_digest_is_of_code(tmp_path, text, same):
     first, second = tmp_path / "a.py", tmp_path / "b.py"
     first.write_text("x = 1")
     second.write_text(text)
-    assert (code_digest(first) == code_digest(second)) is same
+    assert (code_of(first) == code_of(second)) is same
 
 
 def test_a_cell_with_a_magic_counts_by_its_text(tmp_path):
     def book(name, *cells):
         content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
         nbformat.write(content, tmp_path / name)
-        return code_digest(tmp_path / name)
+        return code_of(tmp_path / name)
 
     plain = book("a.ipynb", "%matplotlib inline", "x = 1  # one")
     assert plain == book("b.ipynb", "%matplotlib inline", "x = 1")
@@ -138,7 +144,7 @@ def test_a_cell_with_a_magic_counts_by_its_text(tmp_path):
     assert plain != book("d.ipynb", "x = 1", "%matplotlib inline")
 
 
-@pytest.mark.parametrize("read", [code_digest, closure])
+@pytest.mark.parametrize("read", [code_of, closure])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, read):
     with pytest.raises(FileNotFoundError, match="notebooks/none.ipynb"):
         read("notebooks/none.ipynb")

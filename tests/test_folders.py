@@ -158,6 +158,10 @@ def test_a_record_loses_runs_only_if_told_to(tmp_path):
     with pytest.raises(FileExistsError, match="lacks .evolution/games/m/dpo.*--overwrite"):
         publish.publish(tmp_path / "part", tmp_path / "record")
     assert len(publish.publish(tmp_path / "part", tmp_path / "record", overwrite=True)) == 3
+    assert (tmp_path / ".replaced-record-1/evolution/games/m/dpo/manifest.json").is_file()
+    # One that holds no more than the new one makes room for it.
+    publish.publish(tmp_path / "all", tmp_path / "record")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".replaced-record-1", "all", "part", "record"]
 
 
 def test_publishing_spares_what_it_did_not_publish(tmp_path, precious):
@@ -166,9 +170,10 @@ def test_publishing_spares_what_it_did_not_publish(tmp_path, precious):
         publish.publish(tmp_path / "run", precious, overwrite=True)
     publish.publish(tmp_path / "run", tmp_path / "record")
     (tmp_path / "record/notes.md").write_text("mine")
-    with pytest.raises(FileExistsError, match="not published .notes.md"):
-        publish.publish(tmp_path / "run", tmp_path / "record", overwrite=True)
-    assert (tmp_path / "record/notes.md").read_text() == "mine" and (precious / "thesis.txt").is_file()
+    with pytest.raises(FileExistsError, match="holds what run lacks .notes.md"):
+        publish.publish(tmp_path / "run", tmp_path / "record")
+    publish.publish(tmp_path / "run", tmp_path / "record", overwrite=True)
+    assert (tmp_path / ".replaced-record-1/notes.md").read_text() == "mine" and (precious / "thesis.txt").is_file()
 
 
 def test_a_finished_run_of_other_weights_is_not_replaced(tmp_path):

@@ -1,5 +1,4 @@
 import os
-import re
 from ast import literal_eval
 
 import papermill
@@ -108,7 +107,7 @@ notebooks:
         ("arms: [base]", "arm: base", "arms: Field required.*arm: Extra"),
         ("[base]", "[base", "not valid YAML"),
         ("smollm2-135m: {}", "smollm2-135m: {02_align_dpo: {seed: x}}", "parameter seed"),
-        ("[base]", "[base, base]", "line 3, arms: .*'base' stands twice"),
+        ("[base]", "[base, base]", "arms: .*'base' stands twice"),
     ],
 )
 def test_a_bad_profile_is_refused_by_file_and_key(tmp_path, old, new, message):
@@ -124,8 +123,9 @@ NOTEBOOKS = "  01_generate_data: {seed: 1}\n"
 
 
 @pytest.mark.parametrize(
-    ("added", "line", "message"),
+    ("added", "message"),
     [
+<<<<<<< ours
         ("  01_generate_data: {seed: 2}", 7, "key '01_generate_data' twice"),
         ("  02_align_dpo:\n    seed: 1\n    beta: 1\n    seed: 1", 10, "key 'seed' twice"),
         ("  02_align_dpo/roleplay: {}", 7, "02_align_dpo/roleplay: no scenario 'roleplay' .*role_play"),
@@ -157,15 +157,34 @@ NOTEBOOKS = "  01_generate_data: {seed: 1}\n"
         ("  04_evolve_role_play:\n    seeds: [0, x]", 8, r"seeds\.1: "),
         ("  04_evolve_role_play: 3", 7, "04_evolve_role_play: .*valid dictionary"),
         ("models:\n  m: {}", 7, "key 'models' twice"),
+=======
+        ("  01_generate_data: {seed: 2}", "key '01_generate_data' twice .*line 7, "),
+        ("  02_align_dpo:\n    seed: 1\n    beta: 1\n    seed: 1", "key 'seed' twice .*line 10, "),
+        ("  02_align_dpo/roleplay: {}", "02_align_dpo/roleplay: no scenario 'roleplay' .*role_play"),
+        ("  02_align_dpo/: {}", "02_align_dpo/: no scenario ''"),
+        ("  02_align_dpo/role_play/x: {}", "no scenario 'role_play/x'"),
+        ("  04_evolve_role_play/role_play: {}", "04_evolve_role_play/role_play: .* takes no scenario"),
+        ("  01_generate_data/role_play: {}", "takes no scenario"),
+        ("  02_align_dpo:\n    seed: 1\n    learning_rate: .inf", "learning_rate: .*finite"),
+        ("  02_align_dpo: {learning_rate: -.inf}", "learning_rate: .*finite"),
+        ("  02_align_dpo: {beta: .nan}", "beta: .*finite"),
+        ("  02_align_dpo: {beta: true}", "beta: .*not true or false"),
+        ("  02_align_dpo: {beta: yes}", "beta: .*not true or false"),
+        ("  02_align_dpo: {checkpoint_activations: 1}", "checkpoint_activations: .*valid boolean"),
+        ("  02_align_dpo: {scenario: collusion}", "scenario is set by the pipeline"),
+        ("  08_figures: {figures: mine}", "figures is set by the pipeline"),
+        ("  04_evolve_role_play:\n    seeds: [0, x]", r"seeds\.1: "),
+        ("  04_evolve_role_play: 3", "04_evolve_role_play: .*valid dictionary"),
+        ("models:\n  m: {}", "key 'models' twice"),
+>>>>>>> theirs
     ],
 )
-def test_what_a_profile_got_wrong_is_named_by_line_and_key(tmp_path, added, line, message):
+def test_what_a_profile_got_wrong_is_named_by_file_and_key(tmp_path, added, message):
     path = tmp_path / "mine.yaml"
     assert PROFILE.endswith(NOTEBOOKS)
     path.write_text(f"{PROFILE}{added}\n")
-    with pytest.raises(ValueError, match=rf"mine\.yaml.*\bline {line}\b") as error:
+    with pytest.raises(ValueError, match=rf"mine\.yaml.*{message}"):
         read_profile(str(path))
-    assert re.search(message, str(error.value))
 
 
 @pytest.mark.parametrize(
@@ -173,21 +192,20 @@ def test_what_a_profile_got_wrong_is_named_by_line_and_key(tmp_path, added, line
     [
         ("{a/b: {}, a--b: {}}", "'a/b' and 'a--b' are the same model, or would share a folder"),
         ("{~/m: {}, HOME/m: {}}", "'~/m' and .*/m' are the same model"),
-        ("{m: {01_generate_data: {seed: 2}}}", "01_generate_data: .*belong under notebooks"),
+        ("{m: {01_generate_data: {seed: 2}}}", "01_generate_data .*belong under notebooks"),
         ("{m: {02_align_dpo/roleplay: {}}}", "no scenario 'roleplay'"),
         ("{'a{b}': {}}", "can't name a folder"),
         ("{-m: {}}", "can't name a folder"),
         ("{..: {}}", "can't name a folder"),
         ('{"a\\nb": {}}', "can't name a folder"),
         ("{'m ': {}}", "can't name a folder"),
-        (f"{{{'m' * 201}: {{}}}}", "longer than 200 bytes"),
         ("{5: {}}", "valid string"),
     ],
 )
 def test_models_that_would_get_lost_are_refused(tmp_path, models, message):
     path = tmp_path / "mine.yaml"
     path.write_text(PROFILE.replace("{smollm2-135m: {}}", models.replace("HOME", os.path.expanduser("~"))))
-    with pytest.raises(ValueError, match=rf"mine\.yaml.*line 2, .*{message}"):
+    with pytest.raises(ValueError, match=rf"mine\.yaml.*{message}"):
         read_profile(str(path))
 
 

@@ -7,7 +7,6 @@ import sys
 
 import nbformat
 import pytest
-from zmq import IPC_PATH_MAX_LEN
 
 from atp_utils import ROOT, resolve, run
 
@@ -83,22 +82,6 @@ def test_a_long_temporary_folder_is_no_obstacle(book, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert executed(tmp_path / "out.ipynb") == "42\n" and not list(long.iterdir())
-
-
-def test_sockets_stay_in_the_temporary_folder_while_they_fit(tmp_path, monkeypatch):
-    room = IPC_PATH_MAX_LEN - len("/atp-12345678/kernel-5")
-    fits, longer = (f"/{'x' * (size - 1)}" for size in (room, room + 1))
-    monkeypatch.setattr(run.os, "access", lambda folder, _: folder != "/closed")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/me")
-    for folder, chosen in (fits, fits), (longer, "/run/me"), ("/closed", "/run/me"):
-        monkeypatch.setattr(run.tempfile, "gettempdir", lambda folder=folder: folder)
-        assert run.socket_folder() == chosen
-    monkeypatch.setattr(run.tempfile, "gettempdir", lambda: longer)
-    monkeypatch.delenv("XDG_RUNTIME_DIR")
-    assert run.socket_folder() == "/tmp"
-    monkeypatch.setattr(run.os, "access", lambda *_: False)
-    with pytest.raises(ValueError, match=f"set TMPDIR to a writable path of at most {room} bytes"):
-        run.socket_folder()
 
 
 def test_progress_goes_to_a_log_and_not_to_a_socket(tmp_path):

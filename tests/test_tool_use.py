@@ -650,7 +650,8 @@ def test_the_reward_of_a_group(splits):
     logged = {}
     reward = alignment.preference_reward(calculator, group_size=4)
     rewards = reward(completions=replies, log_metric=logged.__setitem__, trainer_state=None, **columns)
-    assert rewards == alignment.bt_rewards([2, 1, 1.1, 0]) and logged == {"score": pytest.approx(4.1 / 4)}
+    assert rewards == alignment.bt_rewards([2, 1, 1.1, 0])
+    assert logged == {"score": pytest.approx(4.1 / 4), "valid": 0.75}
     with pytest.raises(ValueError, match="one problem"):
         reward(completions=replies, **columns | {"item": ["a", "a", "b", "b"]})
     with pytest.raises(ValueError, match="groups of 3"):

@@ -11,7 +11,6 @@ from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import DATE, Request
 from atp_utils.models.chat_template import render
 from atp_utils.scenarios import role_play
-from atp_utils.support import progress
 from atp_utils.training import trainer
 
 PROTOCOLS = ("choose", "reason")
@@ -43,9 +42,9 @@ def read_by_trl(tiny, tmp_path, monkeypatch):
     def read(method, family, row):
         monkeypatch.setattr(trainer.ExactDPOTrainer, "train", dpo)
         monkeypatch.setattr(trainer.ExactGRPOTrainer, "train", grpo)
-        settings = {"method": method, "model": tiny[family], **SETTINGS}
+        run = a_run(method, tiny[family], tmp_path / method, **SETTINGS)
         with pytest.raises(Seen) as seen:
-            trainer.fit(tmp_path / method, settings, [row], progress.bar)
+            trainer.fit(run.out, run.parameters, [row], print)
         return seen.value.args[0]
 
     return read

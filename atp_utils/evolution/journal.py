@@ -30,7 +30,7 @@ import pandas as pd
 from atp_utils import shown
 from atp_utils.evolution.requests import Message, Reply, Request, Sampling
 from atp_utils.support import files, folders
-from atp_utils.support.manifest import MANIFEST, made_by, write_manifest
+from atp_utils.support.manifest import MANIFEST, made_by
 
 REPLIES, DECISIONS = "replies.jsonl", "decisions.parquet"
 _REQUEST = ("key", "seed", "options", "sampling", "chat")
@@ -187,7 +187,7 @@ class Journal:
         # For a forced choice on servers this is also how it was answered (see `openai_engine`).
         reasons = Counter(self.record.replies[digest].finish_reason for digest in self.used)
         facts |= {"counts": counts, "finish_reasons": dict(sorted(reasons.items()))}
-        write_manifest(self.folder, made_by(), settings=settings, identity=identity, **facts)
+        files.write_json(self.folder / MANIFEST, {"settings": settings, "identity": identity} | facts | made_by())
 
     def close(self) -> None:
         """Release the folder."""

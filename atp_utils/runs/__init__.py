@@ -14,8 +14,8 @@ from atp_utils.support import files, folders
 from atp_utils.support.code_digest import code_of
 
 DATA = "01_generate_data"
-# Where a run takes place, and not which one it is.
-PLACE = {"out", "overwrite", "figures", "servers", "launcher", "batch_tokens", "cache_gb"}
+# Where a run takes place and what is asked of its result, and not which one it is.
+PLACE = {"out", "overwrite", "figures", "servers", "launcher", "batch_tokens", "cache_gb", "min_mass"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def start(notebook: str, namespace: Mapping[str, Any], kind: str, scenario: str,
     """The run of ``notebooks/<notebook>.ipynb`` with the values that its parameters have in ``namespace``.
 
     An empty ``out`` becomes ``runs/demo/KIND/SCENARIO/MODEL/METHOD-DIGEST``, whose digest is that of parameters and
-    code: runs that differ have different folders. ``method`` is that of a training, else the run's arm. Raises ValueError for a wrong value, FileExistsError for a folder that isn't ours.
+    code: runs that differ have different folders. ``method`` is that of a training, else the run's arm. Raises
+    ValueError for a wrong value, FileExistsError for a folder that isn't ours.
     """
     values = _values(notebook, namespace)
     run = Run(notebook, values, Path(), SCENARIOS[scenario])

@@ -6,16 +6,14 @@ prompts, training logs and manifests are copied; no weights.
 
 import argparse
 import gzip
-import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from atp_utils import resolve, shown
-from atp_utils.support import files, folders
 from atp_utils.evolution.journal import DECISIONS, REPLIES
+from atp_utils.support import files, folders
 from atp_utils.support.manifest import MANIFEST
 
 LOG = "training_log.csv"
@@ -25,62 +23,43 @@ def publish(run: Path, target: Path, overwrite: bool = False) -> list[Path]:
     """Publish the complete runs below ``run`` to ``target``; returns the record's files, relative to it.
 
     Raises FileNotFoundError where there is no complete run, and FileExistsError, with nothing changed, for a ``target``
-    that isn't a record of ours, that holds files which weren't published, or, unless ``overwrite``, one that holds runs
-    which ``run`` lacks.
+    that isn't a record of ours, or that holds what this one would lack; with ``overwrite`` it is set aside.
     """
     sources = dict(sorted(_sources(run)))
     if not any(name.name == DECISIONS for name in sources):
         raise FileNotFoundError(f"{shown(run)} holds no complete run (evolution/.../{MANIFEST}): nothing was published")
-    before = _published(target)
-    lost = sorted({str(name.parent) for name in before if name.name == MANIFEST} - {str(n.parent) for n in sources})
+    folders.holds(target, "FOLDER")
+    held = {path.relative_to(target) for path in target.rglob("*") if path.is_file()} - {Path(folders.MARKER)}
+    lost = sorted(map(str, held - set(sources)))
     if lost and not overwrite:
         raise FileExistsError(
-            f"{shown(target)} holds runs that {shown(run)} lacks ({', '.join(lost[:3])}{', ...' if lost[3:] else ''}): "
-            "publish to another folder, or let it be overwritten (--overwrite)"
+            f"{shown(target)} holds what {shown(run)} lacks ({', '.join(lost[:3])}{', ...' if lost[3:] else ''}): "
+            "publish to another folder, or let it be set aside (--overwrite)"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".publishing-") as scratch:
-        built = folders.claim(Path(scratch) / target.name, {"published": shown(run), "files": list(map(str, sources))})
+        built = folders.claim(Path(scratch) / target.name, {"published": shown(run)})
         for name, source in sources.items():
-            _copy(source, built / name)
-        if target.exists():
-            os.replace(target, Path(scratch) / "before")
-        os.replace(built, target)
+            content = source.read_bytes()
+            with files.replacing(built / name) as copy:
+                copy.write_bytes(gzip.compress(content, mtime=0) if source.name == REPLIES else content)
+        if lost:
+            folders.set_aside(target)
+        elif target.exists():
+            target.replace(Path(scratch) / "before")
+        built.replace(target)
     return list(sources)
 
 
 def _sources(run: Path) -> Iterator[tuple[Path, Path]]:
     """(name in the record, file) of all that is published."""
     for manifest in folders.below(run / "evolution", MANIFEST):
-        for name in (MANIFEST, DECISIONS):
-            yield manifest.with_name(name).relative_to(run), manifest.with_name(name)
-        yield manifest.with_name(f"{REPLIES}.gz").relative_to(run), manifest.with_name(REPLIES)
-    for log in folders.below(run / "adapters", LOG):
-        for path in (log, log.with_name(MANIFEST)):
-            yield path.relative_to(run), path
-    for prompts in folders.below(run / "data", "test.jsonl"):
-        yield prompts.relative_to(run), prompts
-
-
-def _copy(source: Path, target: Path) -> None:
-    with files.replacing(target) as temporary:
-        if source.name == REPLIES:
-            temporary.write_bytes(gzip.compress(source.read_bytes(), mtime=0))
-        else:
-            shutil.copyfile(source, temporary)
-
-
-def _published(target: Path) -> list[Path]:
-    """Files of the record at ``target``, relative to it; raises FileExistsError where there are others too."""
-    held = folders.holds(target, "FOLDER")
-    if held is None:
-        return []
-    there = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()} - {folders.MARKER}
-    if strange := sorted(there - set(held.get("files", []))):
-        raise FileExistsError(
-            f"{shown(target)} holds files that were not published ({', '.join(strange[:3])}): move them"
-        )
-    return [Path(name) for name in held["files"]]
+        for name, held in ((MANIFEST, MANIFEST), (DECISIONS, DECISIONS), (f"{REPLIES}.gz", REPLIES)):
+            yield manifest.with_name(name).relative_to(run), manifest.with_name(held)
+    trained = folders.below(run / "adapters", MANIFEST)
+    logs = (path for manifest in trained for path in (manifest, manifest.with_name(LOG)))
+    for path in (*logs, *folders.below(run / "data", "test.jsonl")):
+        yield path.relative_to(run), path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m atp_utils.runs.publish", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", help="a profile's folder, e.g. runs/laptop")
     parser.add_argument("folder", help="where the record goes, e.g. data/results/laptop")
-    parser.add_argument("--overwrite", action="store_true", help="also if the record there holds runs that RUN lacks")
+    parser.add_argument("--overwrite", action="store_true", help="also if the record there holds what RUN lacks")
     options = parser.parse_args(arguments)
     try:
         names = publish(resolve(options.run), resolve(options.folder), options.overwrite)

@@ -72,7 +72,15 @@ def choice_reward(completion: str, options: Sequence[str], compliant: str) -> fl
     return COMPLIANT_REWARD if choice == compliant else DEVIANT_REWARD
 
 
-def rewards(completions: list[str], options: list, compliant: list, prefill: list, **_: Any) -> list[float]:
-    """TRL's reward function: `choice_reward` of each completion behind its row's ``prefill``."""
+def rewards(
+    completions: list[str], options: list, compliant: list, prefill: list, log_metric: Any = None, **_: Any
+) -> list[float]:
+    """TRL's reward function: `choice_reward` of each completion behind its row's ``prefill``.
+
+    Logs the share of completions with a valid decision as ``valid``.
+    """
     rows = zip(completions, options, compliant, prefill, strict=True)
-    return [choice_reward(start + text, names, good) for text, names, good, start in rows]
+    earned = [choice_reward(start + text, names, good) for text, names, good, start in rows]
+    if log_metric is not None:
+        log_metric("valid", sum(reward != INVALID_REWARD for reward in earned) / len(earned))
+    return earned

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +16,6 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from atp_utils import shown
 
 Model = TypeVar("Model", bound=BaseModel)
-# Bytes of a model's or a profile's name: file names hold 255, and the names of notebooks have more in them.
-LONGEST = 200
-NUMBERS = {
-    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9]*)$",
-    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|nan|NaN)$",
-}
 
 
 @contextlib.contextmanager
@@ -102,18 +96,11 @@ def as_folder(name: str) -> str:
             f"{name!r} can't name a folder of results: no dash in front, no braces, no control characters, "
             "no space around it, not only dots"
         )
-    if len(folder.encode()) > LONGEST:
-        raise ValueError(f"{name!r} can't name a folder of results: longer than {LONGEST} bytes; take a shorter path")
     return folder
 
 
 class Loader(yaml.SafeLoader):
-    """YAML without its surprises: a key stands once, 1e-5 is a number, and 1:30, 010 and 1_000 aren't others."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in known if tag not in NUMBERS]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    """YAML in which a key stands once."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), set()
@@ -126,12 +113,8 @@ class Loader(yaml.SafeLoader):
         return node
 
 
-for tag, pattern in NUMBERS.items():
-    Loader.add_implicit_resolver(tag, re.compile(pattern), list("-+.0123456789"))
-
-
 def read_yaml(path: Path, kind: Any, quoted: bool = True) -> Any:
-    """Content of the YAML file ``path`` checked against ``kind``; raises ValueError naming line and key.
+    """Content of the YAML file ``path`` checked against ``kind``; raises ValueError naming the file and the key.
 
     What stands there is ``quoted`` in it unless that is false.
     """
@@ -144,24 +127,7 @@ def read_yaml(path: Path, kind: Any, quoted: bool = True) -> Any:
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
-        raise ValueError(f"{shown(path)}: {explain(error, quoted, lambda keys: line_of(path, keys))}") from None
-
-
-def line_of(path: Path, keys: Sequence[str | int]) -> int:
-    """Line of a valid YAML file at which the entry under ``keys`` stands, or the innermost that is there; from 1."""
-    node = yaml.compose(path.read_text(encoding="utf-8"), Loader)
-    line = 1
-    for wanted in keys:
-        if isinstance(node, yaml.MappingNode):
-            entries = {key.value: (key.start_mark.line + 1, value) for key, value in node.value}
-        elif isinstance(node, yaml.SequenceNode):
-            entries = {str(place): (value.start_mark.line + 1, value) for place, value in enumerate(node.value)}
-        else:
-            break
-        if str(wanted) not in entries:
-            break
-        line, node = entries[str(wanted)]
-    return line
+        raise ValueError(f"{shown(path)}: {explain(error, quoted)}") from None
 
 
 def read_named(path: Path, model: type[Model], what: str) -> list[Model]:
@@ -173,17 +139,12 @@ def read_named(path: Path, model: type[Model], what: str) -> list[Model]:
     return entries
 
 
-def explain(error: ValidationError, quoted: bool = True, line: Callable[[Sequence], int] | None = None) -> str:
-    """One line for a pydantic error: where, what was wrong, and what stood there if it may be ``quoted``.
-
-    ``line`` gives the line of a file for the keys that lead to a value.
-    """
+def explain(error: ValidationError, quoted: bool = True) -> str:
+    """One line for a pydantic error: where, what was wrong, and what stood there if it may be ``quoted``."""
     parts = []
     for detail in error.errors(include_url=False):
         where = ".".join(str(part) for part in detail["loc"])
         where = f"{where}: " if where else ""
-        if line:
-            where = f"line {line(detail['loc'])}, {where}"
         got = f" (got {str(detail['input'])[:80]!r})" if quoted else ""
         parts.append(f"{where}{detail['msg']}{got}")
     return "; ".join(parts)

@@ -5,10 +5,13 @@ refused by name, before work starts. So is one of ours that holds something else
 held is then set aside beside it (``.replaced-NAME-1``), never deleted.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from atp_utils import resolve, shown
 from atp_utils.support import files
@@ -49,10 +52,17 @@ def check(
     return held
 
 
-def _other(path: Path, held: Mapping[str, Any], what: Mapping[str, Any], name: str) -> FileExistsError:
+def _other(path: Path, held: dict[str, Any], what: dict[str, Any], name: str) -> FileExistsError:
+    # Nested values by their path, such as parameters.seed.
+    before, now = (pd.json_normalize(marker).to_dict("records")[0] for marker in (held, what))
+    differing = [
+        f"{key}: {str(before.get(key))[:60]!r}, asked {str(now.get(key))[:60]!r}"
+        for key in {**now, **before}
+        if before.get(key) != now.get(key)
+    ]
+    said = "; ".join(differing[:3]) + ("; ..." if len(differing) > 3 else "")
     return FileExistsError(
-        f"{shown(path)} holds something else ({_difference(held, what)}): name another folder by {name}, "
-        "or set overwrite to true"
+        f"{shown(path)} holds something else ({said}): name another folder by {name}, or set overwrite to true"
     )
 
 
@@ -60,8 +70,11 @@ def holds(folder: Path, name: str = "out") -> dict[str, Any] | None:
     """What the marker of ``folder`` says; None for a folder that is empty or not there. Raises as `claim` does."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{shown(folder)} is a file: name a folder by {name}")
-    if (folder / MARKER).is_file():
-        return read_marker(folder)
+    if (marker := folder / MARKER).is_file():
+        try:
+            return dict(json.loads(marker.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{shown(marker)} is damaged ({error}): name another folder") from None
     # A kill may leave half a marker under its temporary name, and another process may just have marked the folder.
     passing = (MARKER, f".{Path(MARKER).stem}-")
     if folder.is_dir() and any(not entry.name.startswith(passing) for entry in folder.iterdir()):
@@ -72,20 +85,10 @@ def holds(folder: Path, name: str = "out") -> dict[str, Any] | None:
     return None
 
 
-def read_marker(folder: Path) -> dict[str, Any]:
-    """The marker of a folder of ours; raises ValueError where it is damaged."""
-    try:
-        return dict(json.loads((folder / MARKER).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{shown(folder / MARKER)} is damaged ({error}): name another folder") from None
-
-
-def set_aside(folder: Path) -> Path:
-    """Rename ``folder`` to the first free ``.replaced-NAME-N`` beside it; returns the new path."""
-    number = 1
-    while (target := folder.with_name(f"{ASIDE}{folder.name}-{number}")).exists():
-        number += 1
-    return folder.rename(target)
+def set_aside(folder: Path) -> None:
+    """Rename ``folder`` to the first free ``.replaced-NAME-N`` beside it."""
+    names = (folder.with_name(f"{ASIDE}{folder.name}-{number}") for number in itertools.count(1))
+    folder.rename(next(name for name in names if not name.exists()))
 
 
 def below(folder: Path, name: str) -> Iterator[Path]:
@@ -93,18 +96,3 @@ def below(folder: Path, name: str) -> Iterator[Path]:
     for path in sorted(folder.rglob(name)):
         if not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1]):
             yield path
-
-
-def _difference(held: Mapping[str, Any], what: Mapping[str, Any]) -> str:
-    """``name: held, asked`` for what differs between two markers, nested mappings looked into; at most three."""
-    parts = list(_differing(held, what, ""))
-    return "; ".join(parts[:3]) + ("; ..." if len(parts) > 3 else "")
-
-
-def _differing(held: Any, what: Any, name: str) -> Iterator[str]:
-    if isinstance(held, dict) and isinstance(what, dict):
-        for key in [*what, *(key for key in held if key not in what)]:
-            if held.get(key) != what.get(key):
-                yield from _differing(held.get(key), what.get(key), f"{name}.{key}" if name else key)
-    else:
-        yield f"{name}: {str(held)[:60]!r}, asked {str(what)[:60]!r}"

@@ -4,19 +4,12 @@ import platform
 import subprocess
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from atp_utils import ROOT
-from atp_utils.support import files
 
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "openai", "pandas", "pydantic")
-
-
-def write_manifest(folder: Path, origin: dict[str, Any], **facts: Any) -> None:
-    """Write ``manifest.json``: ``facts``, and the ``origin`` of the results (`made_by`, when they were made)."""
-    files.write_json(folder / MANIFEST, facts | origin)
 
 
 def made_by() -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 Left to itself TRL lets the tokenizer put its own special tokens around a text whose template wrote them already, and
 ends an answer with the tokenizer's end-of-text token, which for many models isn't the end of a turn. Each class
-replaces the one method of TRL that tokenises.
+replaces the one method of TRL that tokenises; DPO's also measures what the two answers of a pair are given.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch.nn.functional import pad
 from trl import DPOTrainer, GRPOTrainer
 
 from atp_utils.models.chat_template import common_prefix, encode, turn_end
@@ -25,11 +28,37 @@ def preference_ids(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
     return {"prompt_ids": prompt[:start], "chosen_ids": chosen, "rejected_ids": rejected}
 
 
+def answers_mass(inputs: Mapping[str, torch.Tensor], log_probs: torch.Tensor) -> torch.Tensor:
+    """Probability of each pair's two answers together [pairs], given what both begin with, as a forced choice has it.
+
+    ``inputs`` are TRL's batch: the chosen answers, then the rejected ones, each behind its prompt, padded on the right.
+    ``log_probs`` [2 * pairs, tokens - 1] are those of each token after the first. A turn's end is no part of an answer.
+    """
+    chosen, rejected = inputs["input_ids"].chunk(2)
+    alike = (chosen == rejected).cumprod(dim=1)[:, 1:].repeat(2, 1)
+    followed = pad(inputs["completion_mask"][:, 2:], (0, 1))
+    return (log_probs * followed * (1 - alike)).sum(dim=1).exp().view(2, -1).sum(dim=0)
+
+
 class ExactDPOTrainer(DPOTrainer):
-    """`trl.DPOTrainer` on `preference_ids`."""
+    """`trl.DPOTrainer` on `preference_ids`; where ``measures_mass`` is true it logs the mean of `answers_mass`."""
+
+    measures_mass = False
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
         return Dataset.from_list([preference_ids(processing_class, row) for row in dataset])
+
+    def compute_loss(self, model: Any, inputs: dict, *given: Any, **named: Any) -> Any:
+        def noted(**what: Any) -> Any:
+            # TRL calls the policy once for a loss: what it says of the answers is read on its way.
+            outputs = model(**what)
+            if self.measures_mass:
+                tokens = inputs["input_ids"].size(1) - 1
+                mass = answers_mass(inputs, outputs.log_probs[:, -tokens:].detach())
+                self._metrics["train"]["mass"].append(self.accelerator.gather(mass).mean().item())
+            return outputs
+
+        return super().compute_loss(noted, inputs, *given, **named)
 
 
 class ExactGRPOTrainer(GRPOTrainer):

@@ -6,44 +6,38 @@ whose reader is gone fails at its next line of progress, so none outlives the no
 """
 
 import contextlib
-import gc
 import importlib.util
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
+from accelerate.utils.memory import clear_device_cache
+from tqdm.std import tqdm
 
-from atp_utils import ROOT, resolve, shown
-from atp_utils.support import files, progress
+from atp_utils import ROOT, shown
+from atp_utils.parameters import named_file
+from atp_utils.support import files
 
 CONFIGURATIONS = Path("profiles/accelerate")
-SHOWN_LINES = 25
+SHOWN_LINES = 40
 GRACE_SECONDS = 30
-_STEP = re.compile(r"\[progress\] (\d+)/(\d+)")
+_STEP = re.compile(r"\[progress\] (\d+)$")
 
 
-def configuration(launcher: str) -> Path:
-    """The file of a launcher: ``profiles/accelerate/<launcher>.yaml``, or ``launcher`` itself if it ends in .yaml."""
-    path = resolve(launcher if launcher.endswith(".yaml") else CONFIGURATIONS / f"{launcher}.yaml")
-    if not path.is_file():
-        known = ", ".join(sorted(found.stem for found in resolve(CONFIGURATIONS).glob("*.yaml")))
-        raise FileNotFoundError(f"no launcher {launcher!r} (there are: {known}; empty for this process)")
-    return path
+def processes(launcher: str) -> tuple[Path, int]:
+    """A launcher's configuration, and how many processes it starts here: its own, or one for each visible GPU.
 
-
-def processes(path: Path) -> int:
-    """Number of processes that a configuration starts here: its own, or else one for each visible GPU.
-
-    Raises ValueError for a file that accelerate doesn't take, or one that this machine can't serve.
+    Raises FileNotFoundError, or ValueError for a file that accelerate doesn't take or this machine can't serve.
     """
+    path = named_file("launcher", CONFIGURATIONS, launcher)
     files.read_yaml(path, dict[str, Any])
     try:
         config = ClusterConfig.from_yaml_file(str(path))
@@ -57,18 +51,21 @@ def processes(path: Path) -> int:
         raise ValueError(f"{shown(path)}: asks for {count} processes with a GPU each; GPUs visible here: {gpus}")
     if config.distributed_type == DistributedType.DEEPSPEED and not importlib.util.find_spec("deepspeed"):
         raise ValueError(f"{shown(path)}: needs DeepSpeed, which isn't installed: pip install deepspeed")
-    return count
+    return path, count
 
 
-def run(launcher: str, module: str, arguments: Sequence[str], log: Path, label: str) -> None:
+def run(launcher: str, module: str, arguments: Sequence[str], log: Path, bar: tqdm) -> None:
     """Run ``python -m module arguments`` in a launcher's processes to the end; their output goes to ``log``.
+
+    What they `report` moves the ``bar``.
 
     Raises RuntimeError with the last lines of the output when a process dies; the others are then ended too.
     """
-    path = configuration(launcher)
-    options = ["--config_file", str(path), "--num_processes", str(processes(path)), "--quiet"]
+    path, count = processes(launcher)
+    options = ["--config_file", str(path), "--num_processes", str(count), "--quiet"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--module", module, *arguments]
-    _free_gpu()
+    # Give back GPU memory that this process holds and no longer uses (a model that wrote the pairs, say).
+    clear_device_cache(garbage_collection=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     started = subprocess.Popen(
         command,
@@ -81,7 +78,7 @@ def run(launcher: str, module: str, arguments: Sequence[str], log: Path, label: 
         errors="replace",
         start_new_session=True,  # so that the launcher and what it starts can be ended together
     )
-    with started, log.open("w", encoding="utf-8") as kept, progress.bar(None, label) as bar:
+    with started, log.open("w", encoding="utf-8") as kept:
         try:
             for line in started.stdout:
                 _show(line, bar, kept)
@@ -90,38 +87,25 @@ def run(launcher: str, module: str, arguments: Sequence[str], log: Path, label: 
             _end(started)
             raise
     if status:
-        raise RuntimeError(f"{label}, launched by {shown(path)}, failed (exit status {status}).\n{_why(log)}")
+        raise RuntimeError(f"the training launched by {shown(path)} failed (exit status {status}).\n{_why(log)}")
 
 
-def _show(line: str, bar: Any, log: Any) -> None:
+def _show(line: str, bar: tqdm, log: TextIO) -> None:
     if step := _STEP.match(line):
-        bar.total = int(step[2])
         bar.update(int(step[1]) - bar.n)
     else:
         log.write(line)
         log.flush()
 
 
-@contextlib.contextmanager
-def bar(total: int, label: str) -> Iterator["_Steps"]:
-    """What `progress.bar` is in a launched process: the process that launched it draws it."""
-    yield _Steps(total)
-
-
-class _Steps:
-    def __init__(self, total: int):
-        self.done, self.total = 0, total
-
-    def update(self, steps: int) -> None:
-        self.done += steps
-        print(f"[progress] {self.done}/{self.total}", flush=True)
+def report(done: int) -> None:
+    """Tell the process that launched this one how many steps are done."""
+    print(f"[progress] {done}", flush=True)
 
 
 def _why(log: Path) -> str:
-    """The end of the output: torchrun's summary, which names the process that failed first, or else the last lines."""
-    lines = log.read_text(encoding="utf-8").rstrip().splitlines()
-    summary = next((place for place, line in enumerate(lines) if line.startswith("Root Cause")), None)
-    said = lines[-SHOWN_LINES:] if summary is None else lines[summary:]
+    """The end of the output, where torchrun's summary names the process that failed first."""
+    said = log.read_text(encoding="utf-8").rstrip().splitlines()[-SHOWN_LINES:]
     if any("SIGKILL" in line for line in said):
         said.append("SIGKILL is what the system sends when memory runs out.")
     return "\n".join([*said, f"All of its output: {shown(log)}"])
@@ -134,10 +118,3 @@ def _end(started: subprocess.Popen) -> None:
             os.killpg(started.pid, sent)
             started.wait(GRACE_SECONDS)
             return
-
-
-def _free_gpu() -> None:
-    """Give back GPU memory that this process holds and no longer uses (a model that wrote the pairs, say)."""
-    if torch.cuda.is_initialized():
-        gc.collect()
-        torch.cuda.empty_cache()

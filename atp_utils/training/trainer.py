@@ -1,14 +1,15 @@
 """LoRA adapters by DPO and GRPO (TRL + PEFT), in this process or in several.
 
 The training is written once, in `fit`. Without a launcher it runs here; with one, `launch` starts processes that run
-``python -m atp_utils.training.trainer FOLDER``, which reads what to do from the folder's marker and calls the same
-function. A step sees the same number of rows in either case: the processes share out ``accumulation``.
+``python -m atp_utils.training.trainer FOLDER``, which reads its task from the folder and calls the same function. A
+step sees the same number of rows in either case: the processes share out ``accumulation``.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -31,18 +32,21 @@ from atp_utils.runs import PLACE, Run
 from atp_utils.scenarios.registry import SCENARIOS, source
 from atp_utils.support import files, folders, progress
 from atp_utils.support.code_digest import PACKAGE, code_of
-from atp_utils.support.manifest import made_by, write_manifest
-from atp_utils.training import launch
+from atp_utils.support.manifest import MANIFEST, made_by
+from atp_utils.training import collapse, launch
 from atp_utils.training.exact_trainers import ExactDPOTrainer, ExactGRPOTrainer
 
-LOG, ORIGIN, CHECKPOINTS, LAUNCHED = "training_log.csv", "origin.json", "checkpoints", "launched"
-# TRL's names of what the notebooks plot.
+LOG, UNCHECKED, ORIGIN = "training_log.csv", "unchecked_log.csv", "origin.json"
+CHECKPOINTS, LAUNCHED, TASK, OUTPUT = "checkpoints", "launched", "launched/task.json", "launched/output.log"
+# TRL's names, and ours, of what the notebooks plot.
 CURVES = {
     "loss": "loss",
     "rewards/margins": "margin",
     "rewards/accuracies": "accuracy",
+    "mass": "mass",
     "reward": "reward",
     "score": "score",
+    "valid": "valid",
     "kl": "kl",
     "frac_reward_zero_std": "dead_groups",
 }
@@ -79,7 +83,7 @@ def check(run: Run, method: str) -> dict[str, Any]:
     given = run.parameters
     if method == "grpo" and given.use_vllm and not is_vllm_available():
         raise ValueError("use_vllm is true, and vLLM isn't installed: pip install trl[vllm], or set it to false")
-    share(given, launch.processes(launch.configuration(given.launcher)) if given.launcher else 1)
+    share(given, launch.processes(given.launcher)[1] if given.launcher else 1)
     code = code_of(f"{PACKAGE}/training/trainer.py", *([source(run.scenario)] if method == "grpo" else []))
     settings = {"method": method, "identity": models.identity(given.model, dtype=given.dtype), "code": code}
     settings |= {name: value for name, value in run.settings.items() if name not in PLACE | ROWS}
@@ -94,103 +98,89 @@ def adapter(run: Run, method: str, rows: list[dict]) -> pd.DataFrame:
     marker, the adapter, ``training_log.csv`` and, last, ``manifest.json``; an adapter of another training that it held
     is set aside if the run may ``overwrite``. Columns of the log: step, and those of `CURVES` that the method has. The
     launcher is no part of the settings: it decides where a training runs, not which it is. GRPO's reward is the
-    scenario's. Raises as `check` does.
+    scenario's.
+
+    Raises as `check` does, and RuntimeError where the answers are left with less probability than ``min_mass``: the
+    folder then has the adapter, but no manifest, and its log is ``unchecked_log.csv``. A lower ``min_mass`` takes that
+    adapter, or goes on with a training that was stopped.
     """
-    out, launcher = run.out, run.parameters.launcher
+    out, given = run.out, run.parameters
     if not rows:
         raise ValueError(f"{shown(out)}: there is nothing to train on (0 rows)")
     settings = check(run, method) | {"rows_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
-    folders.claim(out, settings, overwrite=run.parameters.overwrite)
-    if not (out / LOG).is_file():
-        if launcher:
-            files.write_json(out / LAUNCHED / "rows.json", rows)
-            label = f"{method} {settings['model']}"
-            launch.run(launcher, f"{PACKAGE}.training.trainer", [str(out)], out / LAUNCHED / "output.log", label)
-        else:
-            fit(out, settings, rows, progress.bar)
-    return _finish(run, settings, rows)
-
-
-def _finish(run: Run, settings: dict, rows: list[dict]) -> pd.DataFrame:
-    """Write the manifest, also where a workflow removed it before it asked again for a finished adapter.
-
-    Commit, packages and date are those of the training, which may be older than the code that asks.
-    """
-    out = run.out
-    log, origin = pd.read_csv(out / LOG), json.loads((out / ORIGIN).read_text(encoding="utf-8"))
+    folders.claim(out, settings, overwrite=given.overwrite)
+    log = _log_of(run, rows)
+    if collapse.low(log, given):
+        raise RuntimeError(f"{shown(out)}: {collapse.refusal(log, given)}")
+    if (out / UNCHECKED).is_file():
+        (out / UNCHECKED).replace(out / LOG)
+    # Also where a workflow removed the manifest before it asked again for a finished adapter: commit, packages and date
+    # are those of the training, which may be older than the code that asks.
+    origin = json.loads((out / ORIGIN).read_text(encoding="utf-8"))
     facts = {"settings": run.settings, "training": settings, "rows": len(rows), "steps": int(log["step"].iloc[-1])}
-    write_manifest(out, origin, **facts)
+    files.write_json(out / MANIFEST, facts | origin)
     for used in (CHECKPOINTS, LAUNCHED):
         shutil.rmtree(out / used, ignore_errors=True)
     return log
 
 
+def _log_of(run: Run, rows: list[dict]) -> pd.DataFrame:
+    """The log of the training in the run's folder, which has ended before or is trained to its end now."""
+    out, given, total = run.out, run.parameters, steps(run.parameters, len(rows))
+    for written in filter(Path.is_file, (out / LOG, out / UNCHECKED)):
+        if collapse.ended(log := pd.read_csv(written), given, total):
+            return log
+    with progress.bar(total, f"{run.notebook} {given.model}") as bar:
+        if given.launcher:
+            files.write_json(out / TASK, {"notebook": run.notebook, "parameters": run.settings, "rows": rows})
+            launch.run(given.launcher, f"{PACKAGE}.training.trainer", [str(out)], out / OUTPUT, bar)
+        else:
+            fit(out, given, rows, lambda done: bar.update(done - bar.n))
+    return pd.read_csv(out / UNCHECKED)
+
+
 # --- The training itself -----------------------------------------------------------------------------------
 
 
-def fit(out: Path, settings: dict, rows: list[dict], bar: Callable) -> None:
-    """Train from the last checkpoint in ``out`` to the end; save the adapter, then the log.
+def fit(out: Path, given: Any, rows: list[dict], report: Callable[[int], None]) -> None:
+    """Train from the last checkpoint in ``out`` to the end; save the adapter, then the log, still to be checked.
 
-    Every process of a launched training calls this with the same arguments. ``bar`` is `progress.bar` or like it.
+    Every process of a launched training calls this with the same arguments. ``given`` are the notebook's parameters;
+    ``report`` is told how many steps are done.
     """
     models.quiet()
-    method, name = settings["method"], settings["model"]
-    known = parameters.model_of(parameters.ALIGN[method]).model_fields
-    given = parameters.check(parameters.ALIGN[method], {key: settings[key] for key in known if key in settings})
-    checkpoints = out / CHECKPOINTS / _layout()
-    reward = SCENARIOS[given.scenario].reward(given.group_size) if method == "grpo" else contextlib.nullcontext()
+    # A launcher's own: checkpoints of sharded trainings can't be read by others.
+    checkpoints = out / CHECKPOINTS / (Path(given.launcher).stem or "here")
+    prefers = isinstance(given, parameters.Dpo)
+    reward = contextlib.nullcontext() if prefers else SCENARIOS[given.scenario].reward(given.group_size)
     with reward as rewards, weights_memory.advice(ROOM):
         # The configuration comes first: it starts the process group, which decides how the weights are loaded.
-        if method == "dpo":
-            arguments = dpo_arguments(checkpoints, rows, given)
+        arguments = trl_arguments(checkpoints, rows, given)
+        # A process trains on one GPU; seeing several, the Trainer would split each batch over them by itself.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        if prefers:
             trainer = ExactDPOTrainer(args=arguments, **_parts(rows, given))
+            trainer.measures_mass = given.pairs == "answers"
         else:
-            arguments = grpo_arguments(checkpoints, rows, given, models.load_tokenizer(name))
             trainer = ExactGRPOTrainer(args=arguments, reward_funcs=rewards, **_parts(rows, given))
         # Without tqdm the Trainer would print a dictionary a step.
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Bar(f"{method} {name}", bar))
+        trainer.add_callback(_Steps(given, report))
         trainer.train(resume_from_checkpoint=_last_whole(checkpoints))
         trainer.save_model(str(out))
     if trainer.is_world_process_zero():
-        models.check_adapter(out, name)
+        models.check_adapter(out, given.model)
         (out / "training_args.bin").unlink(missing_ok=True)
         files.write_json(out / ORIGIN, made_by())
-        # The log is written once the adapter is whole: its presence says that the training is done.
-        files.write_text(out / LOG, _log(trainer.state.log_history).to_csv(index=False, float_format="%.6g"))
+        # The log is written once the adapter is whole: its presence says that the training has ended.
+        files.write_text(out / UNCHECKED, _log(trainer.state.log_history).to_csv(index=False, float_format="%.6g"))
 
 
-def dpo_arguments(checkpoints: Path, rows: list[dict], given: Any) -> DPOConfig:
-    """TRL's configuration of a DPO training, for this process's share of it."""
-    common = _common(checkpoints, rows, given)
-    return _on_one_gpu(DPOConfig(**common, per_device_train_batch_size=given.batch_size, max_length=None))
-
-
-def grpo_arguments(checkpoints: Path, rows: list[dict], given: Any, tokenizer: Any) -> GRPOConfig:
-    """TRL's configuration of a GRPO training, for this process's share of it."""
-    vllm = {}
-    if given.use_vllm:
-        longest = max(len(tokenizer(row["prompt"])["input_ids"]) for row in rows)
-        # Without a bound vLLM makes room for the longest context of the model, beside the model in training.
-        vllm = {"vllm_mode": "colocate", "vllm_max_model_length": longest + given.max_new_tokens}
-    arguments = GRPOConfig(
-        **_common(checkpoints, rows, given),
-        per_device_train_batch_size=given.batch_size * given.group_size,
-        num_generations=given.group_size,
-        max_completion_length=given.max_new_tokens,
-        temperature=given.temperature,
-        # TRL's defaults are a later variant without KL; these are the method of the paper's reference.
-        loss_type="grpo",
-        use_vllm=given.use_vllm,
-        **vllm,
-    )
-    return _on_one_gpu(arguments)
-
-
-def _common(checkpoints: Path, rows: list[dict], given: Any) -> dict[str, Any]:
+def trl_arguments(checkpoints: Path, rows: list[dict], given: Any) -> DPOConfig | GRPOConfig:
+    """TRL's configuration of a training, for this process's share of it."""
     on_gpu = torch.cuda.is_available()
     total = steps(given, len(rows))
-    return {
+    common = {
         "output_dir": str(checkpoints),
         "learning_rate": given.learning_rate,
         "max_steps": total,
@@ -209,6 +199,25 @@ def _common(checkpoints: Path, rows: list[dict], given: Any) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
     }
+    if isinstance(given, parameters.Dpo):
+        return DPOConfig(**common, per_device_train_batch_size=given.batch_size, max_length=None)
+    vllm = {}
+    if given.use_vllm:
+        tokenizer = models.load_tokenizer(given.model)
+        longest = max(len(tokenizer(row["prompt"])["input_ids"]) for row in rows)
+        # Without a bound vLLM makes room for the longest context of the model, beside the model in training.
+        vllm = {"vllm_mode": "colocate", "vllm_max_model_length": longest + given.max_new_tokens}
+    return GRPOConfig(
+        **common,
+        per_device_train_batch_size=given.batch_size * given.group_size,
+        num_generations=given.group_size,
+        max_completion_length=given.max_new_tokens,
+        temperature=given.temperature,
+        # TRL's defaults are a later variant without KL; these are the method of the paper's reference.
+        loss_type="grpo",
+        use_vllm=given.use_vllm,
+        **vllm,
+    )
 
 
 def _processes() -> int:
@@ -216,42 +225,25 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _on_one_gpu(arguments: Any) -> Any:
-    """A process trains on one GPU; seeing several, the Trainer would split each batch over them by itself."""
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
-
-
 def _parts(rows: list[dict], given: Any) -> dict[str, Any]:
     # The adapter's weights are drawn when the trainer is built, before TRL sets its own seed.
     set_seed(given.seed)
-    targets = [name.strip() for name in given.lora_targets.split(",")]
-    lora = LoraConfig(
-        r=given.lora_rank, lora_alpha=given.lora_alpha, target_modules=targets[0] if len(targets) == 1 else targets
-    )
+    # PEFT takes one word for all layers, and names as a list.
+    targets = given.lora_targets if given.lora_targets == "all-linear" else re.split(r"\s*,\s*", given.lora_targets)
+    lora = LoraConfig(r=given.lora_rank, lora_alpha=given.lora_alpha, target_modules=targets)
     weights = models.load_weights(given.model, given.dtype)
     weights.config._name_or_path = weights.name_or_path = given.model
     tokenizer = models.load_tokenizer(given.model)
     # GRPO stops its replies where the engine stops them.
     known = weights.generation_config.eos_token_id
-    known = known if isinstance(known, list) else [known]
-    weights.generation_config.eos_token_id = sorted(
-        {turn_end(tokenizer), tokenizer.eos_token_id, *(i for i in known if i is not None)}
-    )
+    stops = {turn_end(tokenizer), tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    weights.generation_config.eos_token_id = sorted(stops - {None})
     return {
         "model": weights,
         "train_dataset": Dataset.from_list(rows),
         "processing_class": tokenizer,
         "peft_config": lora,
     }
-
-
-def _layout() -> str:
-    """How this process keeps its checkpoints: those of sharded trainings can't be read by others."""
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
-            return name.lower()
-    return "whole"
 
 
 def _last_whole(checkpoints: Path) -> str | None:
@@ -266,31 +258,26 @@ def _log(history: list[dict]) -> pd.DataFrame:
     return pd.DataFrame({"step": [row["step"] for row in rows], **columns})
 
 
-class _Bar(TrainerCallback):
-    """Shows the training's progress, in optimiser steps; of several processes the first does."""
+class _Steps(TrainerCallback):
+    """Reports the steps that are done (of several processes the first does), and stops where the training has ended."""
 
-    def __init__(self, label: str, bar: Callable):
-        self.label, self.open, self.stack = label, bar, contextlib.ExitStack()
+    def __init__(self, given: Any, report: Callable[[int], None]):
+        self.given, self.report = given, report
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_log(self, args, state, control, **_):
         if state.is_world_process_zero:
-            self.bar = self.stack.enter_context(self.open(state.max_steps, self.label))
-            self.bar.update(state.global_step)
-
-    def on_step_end(self, args, state, control, **_):
-        if state.is_world_process_zero:
-            self.bar.update(1)
-
-    def on_train_end(self, args, state, control, **_):
-        self.stack.close()
+            self.report(state.global_step)
+        if collapse.ended(_log(state.log_history), self.given, state.max_steps):
+            control.should_training_stop = control.should_save = True
 
 
 @record  # so that torchrun's summary has the traceback of the process that failed first
 def main(arguments: list[str] | None = None) -> None:
-    """What a launched process runs: the training that a folder describes, up to its adapter and log."""
+    """What a launched process runs: the training whose task lies in a folder, up to its adapter and log."""
     [folder] = map(Path, arguments or sys.argv[1:])
-    rows = json.loads((folder / LAUNCHED / "rows.json").read_text(encoding="utf-8"))
-    fit(folder, folders.read_marker(folder), rows, launch.bar)
+    task = json.loads((folder / TASK).read_text(encoding="utf-8"))
+    given = parameters.check(task["notebook"], task["parameters"])
+    fit(folder, given, task["rows"], launch.report)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

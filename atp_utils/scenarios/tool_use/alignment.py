@@ -158,7 +158,7 @@ def completion_score(completion: str, row: dict[str, Any], run_tool: RunTool) ->
 
 
 def preference_reward(run_tool: RunTool, group_size: int = 8, temperature: float = TEMPERATURE) -> Callable:
-    """TRL's reward function: `bt_rewards` of each group's scores; logs their mean as ``score``.
+    """TRL's reward function: `bt_rewards` of each group's scores; logs their mean, and the share with a policy.
 
     TRL hands over the responses of a problem one behind the other; ValueError where a group is not of one problem.
     The same code is run once.
@@ -173,6 +173,7 @@ def preference_reward(run_tool: RunTool, group_size: int = 8, temperature: float
         scores = [completion_score(text, row, run_once) for text, row in zip(completions, rows, strict=True)]
         if log_metric is not None:
             log_metric("score", sum(scores) / len(scores))
+            log_metric("valid", sum(score != UNDECIDED for score in scores) / len(scores))
         rewards: list[float] = []
         for start in range(0, len(scores), group_size):
             group = slice(start, start + group_size)
