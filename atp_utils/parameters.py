@@ -198,12 +198,15 @@ def _models(models: dict[str, Any]) -> dict[str, Any]:
 def _settings(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Refuse what no run would look for, and values that its notebook refuses."""
     for key, values in settings.items():
-        book, slash, scenario = key.partition("/")
+        book, slash, part = key.partition("/")
         try:
-            if slash and "scenario" not in model_of(book).model_fields:
-                raise ValueError(f"{book} takes no scenario")
-            if slash and scenario not in SCENARIOS:
-                raise ValueError(f"no scenario {scenario!r} (there are: {', '.join(SCENARIOS)})")
+            names = model_of(book).model_fields
+            if slash and "scenario" in names and part not in SCENARIOS:
+                raise ValueError(f"no scenario {part!r} (there are: {', '.join(SCENARIOS)})")
+            if slash and "condition" in names:
+                check(book, {"condition": part})
+            elif slash and "scenario" not in names:
+                raise ValueError(f"{book} takes no scenario and no condition")
             if given := sorted(GIVEN.intersection(values)):
                 raise ValueError(f"{given[0]} is set by the pipeline, or by -p; no profile can set it")
             check(book, values)
@@ -213,6 +216,16 @@ def _settings(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 Settings = Annotated[dict[str, dict[str, Any]], AfterValidator(_settings)]
+
+
+Conditions = dict[ScenarioName, Annotated[list[Text], Field(min_length=1), Distinct]]
+
+
+def _conditions(named: Conditions) -> Conditions:
+    for scenario, conditions in named.items():
+        for condition in conditions:
+            check(EVOLVE[scenario], {"condition": condition})
+    return named
 
 
 class Profile(BaseModel):
@@ -227,12 +240,8 @@ class Profile(BaseModel):
     models: Annotated[dict[Text, Settings], Field(min_length=1), AfterValidator(_models)]
     arms: Annotated[list[Arm], Field(min_length=1), Distinct]
     scenarios: Annotated[list[ScenarioName], Field(min_length=1), Distinct]
-<<<<<<< ours
-    conditions: dict[ScenarioName, Annotated[list[Text], Field(min_length=1), Distinct]] = {}
-    notebooks: dict[str, dict[str, Any]]
-=======
+    conditions: Annotated[Conditions, AfterValidator(_conditions)] = {}
     notebooks: Settings
->>>>>>> theirs
 
     @property
     def evolutions(self) -> list[tuple[str, str]]:
@@ -287,48 +296,6 @@ def named_file(what: str, folder: Path, name: str) -> Path:
     """The file ``folder/<name>.yaml``, or ``name`` itself if it ends in .yaml; FileNotFoundError names those there."""
     path = resolve(name if name.endswith(".yaml") else folder / f"{name}.yaml")
     if not path.is_file():
-<<<<<<< ours
-        known = ", ".join(sorted(found.stem for found in resolve(PROFILES).glob("*.yaml")))
-        raise FileNotFoundError(f"no profile {name!r} (there are: {known})")
-    profile = files.read_yaml(path, Profile)
-    for scenario, conditions in profile.conditions.items():
-        for condition in conditions:
-            try:
-                check(EVOLVE[scenario], {"condition": condition})
-            except ValueError as error:
-                line = files.line_of(path, ["conditions", scenario])
-                raise ValueError(f"{shown(path)}, line {line}, conditions, {scenario}: {error}") from None
-    places = [("notebooks",), *(("models", model) for model in profile.models)]
-    for place, settings in zip(places, (profile.notebooks, *profile.models.values()), strict=True):
-        for key, values in settings.items():
-            keys = [*place, key]
-            try:
-                book = _checked_book(key, place[0])
-                for name, value in values.items():
-                    keys = [*place, key, name]
-                    if name in GIVEN:
-                        raise ValueError(f"{name} is set by the pipeline, or by -p; no profile can set it")
-                    check(book, {name: value})
-            except (ValueError, FileNotFoundError) as error:
-                raise ValueError(f"{shown(path)}, line {files.line_of(path, keys)}, {key}: {error}") from None
-    return profile
-
-
-def _checked_book(key: str, section: str) -> str:
-    """The notebook of a profile's ``key``; raises ValueError where no run would look for the key."""
-    book, slash, part = key.partition("/")
-    names = model_of(book).model_fields
-    if slash and "scenario" in names and part not in SCENARIOS:
-        raise ValueError(f"no scenario {part!r} (there are: {', '.join(SCENARIOS)})")
-    if slash and "condition" in names:
-        check(book, {"condition": part})
-    elif slash and "scenario" not in names:
-        raise ValueError(f"{book} takes no scenario and no condition: the key is {book!r} alone")
-    if section == "models" and "model" not in names:
-        raise ValueError(f"{book} runs for all models at once: its settings belong under notebooks")
-    return book
-=======
         known = ", ".join(sorted(found.stem for found in resolve(folder).glob("*.yaml")))
         raise FileNotFoundError(f"no {what} {name!r} (there are: {known})")
     return path
->>>>>>> theirs

