@@ -7,7 +7,7 @@ from atp_utils import ROOT, resolve
 from atp_utils.analysis import report
 from atp_utils.evolution import journal
 
-RESULTS = resolve("data/results/laptop")
+RESULTS = resolve("data/results/quick")
 
 
 def test_the_readme_shows_the_recorded_run():

@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; 2 where nothing was published."""
     parser = argparse.ArgumentParser(prog="python -m atp_utils.runs.publish", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", help="a profile's folder, e.g. runs/laptop")
-    parser.add_argument("folder", help="where the record goes, e.g. data/results/laptop")
+    parser.add_argument("folder", help="where the record goes, e.g. data/results/quick")
     parser.add_argument("--overwrite", action="store_true", help="also if the record there holds what RUN lacks")
     options = parser.parse_args(arguments)
     try:
