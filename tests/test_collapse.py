@@ -21,7 +21,8 @@ STEPS = 12
 def masses(engine, items):
     """What the evolution records for the two answers to each item."""
     protocol = Protocol("choose")
-    asked = decide([Question((item.id,), role_play.SCENARIO.opening(item, protocol), item.options) for item in items], protocol)
+    chats = [(item, role_play.SCENARIO.opening(item, protocol)) for item in items]
+    asked = decide([Question((item.id,), chat, item.options) for item, chat in chats], protocol)
     requests = next(asked)
     replies = dict(engine.answer(requests))
     with pytest.raises(StopIteration) as end:
