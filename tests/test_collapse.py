@@ -19,10 +19,12 @@ STEPS = 12
 
 
 def masses(engine, items):
-    """What the evolution records for the two answers to each item."""
+    """What the evolution records for the two answers to each item, in either order."""
     protocol = Protocol("choose")
-    chats = [(item, role_play.SCENARIO.opening(item, protocol)) for item in items]
-    asked = decide([Question((item.id,), chat, item.options) for item, chat in chats], protocol)
+    prompts = [(item, turned) for item in items for turned in (False, True)]
+    chats = [role_play.SCENARIO.opening(item, protocol, turned) for item, turned in prompts]
+    options = [item.named(turned) for item, turned in prompts]
+    asked = decide([Question((0,), *both) for both in zip(chats, options, strict=True)], protocol)
     requests = next(asked)
     replies = dict(engine.answer(requests))
     with pytest.raises(StopIteration) as end:
@@ -33,9 +35,9 @@ def masses(engine, items):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_mass_is_that_of_the_evolutions_forced_choice(family, splits, tiny, tmp_path):
     items = splits[0][:3]
-    run = a_run("dpo", tiny[family], tmp_path, **FAST | {"batch_size": 3, "max_steps": 1}, min_mass=0)
+    run = a_run("dpo", tiny[family], tmp_path, **FAST | {"batch_size": 6, "max_steps": 1}, min_mass=0)
     log = trainer.adapter(run, "dpo", rows_of(run, items))
-    expected = sum(masses(TransformersEngine(tiny[family], dtype="float32"), items)) / 3
+    expected = sum(masses(TransformersEngine(tiny[family], dtype="float32"), items)) / 6
     assert log["mass"][0] == pytest.approx(expected, rel=1e-3) and 0 < expected < 1
 
 
@@ -49,9 +51,9 @@ def test_written_replies_have_no_mass(splits, tiny, tmp_path):
 def collapsing(splits, tiny, tmp_path):
     """A training so fast that the answers lose what they had; called with more parameters, and the folder's name."""
 
-    def train(name="out", **changes):
+    def train(name="out", items=8, **changes):
         run = a_run("dpo", tiny["qwen3"], tmp_path / name, **FAST | {"max_steps": STEPS} | changes)
-        return trainer.adapter(run, "dpo", rows_of(run, splits[0][:8]))
+        return trainer.adapter(run, "dpo", rows_of(run, splits[0][:items])[::2])
 
     return train
 
@@ -94,7 +96,7 @@ def test_a_whole_training_that_was_refused_is_taken_as_it_is(collapsing, tmp_pat
 
 
 def test_a_training_can_stop_once_all_pairs_are_apart(collapsing):
-    log = collapsing(min_mass=0, stop_margin=0.5)
+    log = collapsing(items=1, min_mass=0, stop_margin=0.5)
     assert 3 <= len(log) < STEPS
     assert (log["margin"].tail(3) > 0.5).all() and (log["accuracy"].tail(3) == 1).all()
 
