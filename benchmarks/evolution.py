@@ -22,6 +22,7 @@ from atp_utils.evolution.journal import Journal
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Sampling
 from atp_utils.scenarios import role_play
+from atp_utils.scenarios.role_play.items import make_items, read_environments
 from atp_utils.support.files import write_parquet
 
 
@@ -40,7 +41,8 @@ def evolution(items, rounds, protocol):
     """(seconds, requests, tokens that the model read or wrote) of a batched run with kept caches."""
     engine = Recording(TransformersEngine(models.EMBEDDED))
     engine.engine.model  # noqa: B018  loading is not what is timed
-    episodes = [role_play.episode(item, rounds=rounds, seed=0, protocol=protocol) for item in items]
+    given = role_play.Evolution(rounds=rounds)
+    episodes = [role_play.SCENARIO.episode(item, given, protocol, 0) for item in items]
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder)) as journal:
         start = time.perf_counter()
         loop.run(episodes, engine, journal)
@@ -66,7 +68,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a `reason` reply at most")
     parser.add_argument("--sample", type=int, default=96, help="chats that the plain loop really answers")
     options = parser.parse_args()
-    _, test = role_play.make_items(role_play.read_environments())
+    _, test = make_items(read_environments())
     rows = []
     for name in ("choose", "reason"):
         protocol = Protocol(name, max_attempts=1, sampling=Sampling(max_new_tokens=options.tokens))
@@ -75,9 +77,9 @@ def main():
         rows.append(
             {
                 "protocol": name,
-                "decisions": len(requests),
+                "replies": len(requests),
                 "seconds": round(seconds, 1),
-                "seconds per decision": round(seconds / len(requests), 4),
+                "seconds per reply": round(seconds / len(requests), 4),
                 "tokens a second": round(tokens / seconds),
                 "plain loop, seconds": round(one_by_one, 1),
                 "times faster": round(one_by_one / seconds, 1),

@@ -23,6 +23,8 @@ from atp_utils.evolution import loop as evolve
 from atp_utils.evolution.journal import Journal
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.scenarios import collusion, role_play
+from atp_utils.scenarios.collusion.items import make_grid, read_games
+from atp_utils.scenarios.role_play.items import make_items, read_environments
 from atp_utils.support.files import write_parquet
 
 CHOOSE = Protocol("choose")
@@ -31,12 +33,14 @@ CHOOSE = Protocol("choose")
 def episodes(part, factor):
     """The grid of the collusion games with ``factor`` times the agents or seeds, or role-play with as many seeds."""
     if part == "role_play":
-        _, items = role_play.make_items(role_play.read_environments())
-        return [role_play.episode(item, rounds=6, seed=s, protocol=CHOOSE) for s in range(factor) for item in items]
+        _, items = make_items(read_environments())
+        given = role_play.Evolution(rounds=6)
+        return [role_play.SCENARIO.episode(item, given, CHOOSE, seed) for seed in range(factor) for item in items]
     agents, seeds = (8 * factor, 1) if part == "agents" else (8, factor)
     thresholds = [agents * share // 8 for share in (2, 4, 6, 8)]
-    grid = collusion.make_grid(collusion.read_games(), agents=agents, thresholds=thresholds)
-    return [collusion.episode(item, rounds=3, seed=s, protocol=CHOOSE) for s in range(seeds) for item in grid]
+    grid = make_grid(read_games(), agents=agents, thresholds=thresholds)
+    given = collusion.Evolution(rounds=3, agents=agents)
+    return [collusion.SCENARIO.episode(item, given, CHOOSE, seed) for seed in range(seeds) for item in grid]
 
 
 def measure(part, factor):

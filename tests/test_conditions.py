@@ -314,6 +314,7 @@ def test_an_unrelated_history_hides_the_game_so_far(notes):
             {"memory": "counts"},
             "Until now you have chosen Cedar 2 times, which earned 1.2 times the capital on average.",
         ),
+        ({"memory": "counts", "condition": "no_rewards"}, "Until now you have chosen Cedar 2 times.\n"),
         ({"history_window": 1}, "Your capital is now 1.44."),
     ],
 )

@@ -79,6 +79,8 @@ TWO_AND_ONE = a_past([False, True, False, True], ["X", "Y", None, "X"], [24, 60,
         (TWO_AND_ONE, 0, "X 2 times, which earned 24.5 euros on average; Y 1 time, which earned 60 euros on average."),
         (TWO_AND_ONE, 2, "X 1 time, which earned 25 euros on average."),
         ([replace(round_, reward=None) for round_ in TWO_AND_ONE], 0, "X 2 times; Y 1 time."),
+        # What was told of earnings is what they are averaged over.
+        ([TWO_AND_ONE[0], replace(TWO_AND_ONE[3], reward=None)], 0, "X 2 times, which earned 24 euros on average."),
         (TWO_AND_ONE[2:3], 0, None),
     ],
 )
