@@ -46,8 +46,8 @@ $(CLUSTER_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,cluster]'
 	@touch $@
 
-model: $(INSTALLED) ## fetch and convert the embedded model
-	@$(BIN)/python -c "from atp_utils import models, shown; print('model:', shown(models.prepare_embedded()))"
+model: $(INSTALLED) ## fetch and convert an embedded model (MODEL= one of data/models.yaml)
+	@$(BIN)/python -m atp_utils.models $(if $(SERVERS),,"$(MODEL)")
 
 pilot: model ## run the smallest of each kind of a profile's jobs and say what the whole takes (PROFILE=, MODEL=)
 	@$(BIN)/python -m atp_utils.pilot "$(PROFILE)" $(if $(MODEL),--model "$(MODEL)")

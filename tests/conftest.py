@@ -31,7 +31,7 @@ def item(splits):
 
 @pytest.fixture(scope="session")
 def embedded():
-    models.prepare_embedded()
+    models.locate(models.EMBEDDED)
     return models.EMBEDDED
 
 

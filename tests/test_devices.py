@@ -44,7 +44,7 @@ PROBLEMS = [
 def tiny(embedded, tmp_path_factory):
     """Folder of a random Llama with the embedded model's tokenizer."""
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = AutoTokenizer.from_pretrained(models.prepare_embedded())
+    tokenizer = AutoTokenizer.from_pretrained(models.locate(embedded))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,

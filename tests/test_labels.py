@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from atp_utils import models
+from atp_utils import models, resolve
 from atp_utils.evolution.parsing import answer_json
+from atp_utils.models import embedded
 from atp_utils.scenarios import collusion, role_play
 from atp_utils.scenarios.tool_use import items as tool_items
 
-# Tokenizers that tests have at hand; of the others, `recorded` holds the counts.
-AT_HAND = [models.EMBEDDED]
+# The default, and what else has been made here; of Qwen2.5's tokenizer, `RECORDED` holds the counts for elsewhere.
+MADE = [name for name in embedded.registry() if (resolve(embedded.MODELS) / name).is_dir()]
+AT_HAND = sorted({models.EMBEDDED, *MADE})
 RECORDED = json.loads(Path(__file__).with_name("qwen25_label_tokens.json").read_text())
 PAIRS = {
     **{environment.name: environment.labels for environment in role_play.read_environments()},

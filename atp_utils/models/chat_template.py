@@ -15,9 +15,8 @@ from typing import Any
 
 import jinja2
 
+from atp_utils.evolution.parsing import THINKING, control, defuse, prompted_thinking
 from atp_utils.evolution.requests import DATE, Message
-from atp_utils.evolution.parsing import control, defuse
-from atp_utils.evolution.parsing import THINKING, prompted_thinking
 
 # transformers hands a template its own clock and no function of ours, so that the fixed one is written in Jinja.
 _DIRECTIVES = ("%-d", "%-m", "%d", "%e", "%b", "%B", "%m", "%Y", "%y", "%a", "%A", "%j", "%H", "%I", "%M", "%S", "%p")
@@ -106,7 +105,9 @@ def turn_end(tokenizer: Any) -> int:
 
     The tokenizer's own end token where it writes none.
     """
-    return _turn_end(tokenizer, tokenizer.get_chat_template())
+    behind = _applied(tokenizer, _PROBE[1:3], False, prompt=False).partition(_SAID[2])[2]
+    ends = (token for token in encode(tokenizer, behind) if token in _special_ids(tokenizer))
+    return next(ends, tokenizer.eos_token_id)
 
 
 def fingerprint(tokenizer: Any) -> str:
@@ -162,13 +163,6 @@ def _marks(tokenizer: Any, template: str) -> frozenset[str]:
     # In front of the first content may stand a system message of the template's own: only its end is a mark.
     written = set([part for part in before if part][-1:]).union(*between)
     return added | {mark for mark in written if len(mark) > 2 and re.search(r"[^\w\s]", mark)}
-
-
-@lru_cache(maxsize=64)
-def _turn_end(tokenizer: Any, template: str) -> int:
-    behind = _applied(tokenizer, _PROBE[1:3], False, prompt=False).partition(_SAID[2])[2]
-    special = _special_ids(tokenizer)
-    return next((token for token in encode(tokenizer, behind) if token in special), tokenizer.eos_token_id)
 
 
 @lru_cache(maxsize=64)

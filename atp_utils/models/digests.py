@@ -2,15 +2,11 @@
 
 import hashlib
 import json
-import os
-import time
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from transformers.utils import CHAT_TEMPLATE_DIR
-
-from atp_utils.models import weights_memory
-from atp_utils.support import files
 
 # What a folder holds beside a model: papers about it, other libraries' weights, what a training leaves behind. A file
 # that is none of these counts: answering anew is dear, but old answers under a changed model are wrong.
@@ -34,7 +30,13 @@ def adapter_digest(folder: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """SHA-256 of a file, in hex; a process reads it again only when its size or its time of change is another."""
+    state = path.stat()
+    return _sha256(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sha256(path: Path, *_: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -44,18 +46,14 @@ def _joined(parts: Iterator[tuple[str, str]]) -> str:
 
 
 def _parts(folder: Path) -> Iterator[Path]:
-    weights = set(weights_memory.weights(folder))
     # Any other folder inside is another model, such as a training's checkpoint.
     for path in [*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATE_DIR}/*.jinja")]:
-        if not path.is_file() or path.name.startswith(".") or path.suffix in NO_PART or path.stem in NO_PART_NAMES:
-            continue
-        if path.name not in NO_PART_NAMES and (path.suffix != ".safetensors" or path in weights):
+        no_part = path.name.startswith(".") or path.suffix in NO_PART or {path.name, path.stem} & NO_PART_NAMES
+        if path.is_file() and not no_part:
             yield path
 
 
 def _content(path: Path) -> str:
-    if path.suffix == ".safetensors":
-        return _remembered(path)
     if path.name == "generation_config.json":
         # The engine takes from it which tokens end a reply, and nothing else.
         return json.dumps(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
@@ -73,25 +71,3 @@ def _settings(value):
             if key not in NO_SETTINGS
         }
     return value
-
-
-def _remembered(path: Path) -> str:
-    """SHA-256 of a large file, read again only when its size or its time of change is another."""
-    store = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "atp_utils" / "digests.json"
-    state = path.stat()
-    key, stamp = str(path.resolve()), [state.st_size, state.st_mtime_ns]
-    try:
-        known = json.loads(store.read_text(encoding="utf-8"))
-        if known[key][:2] == stamp:
-            return known[key][2]
-    except (OSError, ValueError, KeyError, TypeError):
-        known = {}
-    digest = sha256(path)
-    # A file that has just been written could change again within the same tick of its clock.
-    if time.time_ns() - state.st_mtime_ns > 2e9:
-        try:
-            files.write_json(store, known | {key: [*stamp, digest]})
-        except OSError:
-            # A home that can't be written to costs time, not the run.
-            pass
-    return digest
