@@ -355,8 +355,8 @@ def test_worker_state_stays(box, code):
     """`next_call_is_right` looks at what the next call sees."""
     worker = box._worker
     box.run(code)
-    seen = box.run("import os, sys\nos.environ['HOME'], math.cos(0), len(repr(sp)) > 9")
-    assert seen.output == "('/', 1.0, True)\n"
+    seen = box.run("import os, sys\nos.environ['PYTHONPATH'], os.getcwd(), math.cos(0), len(repr(sp)) > 9")
+    assert seen.output == "('/box/site', '/', 1.0, True)\n"
     assert box._worker is worker
 
 
@@ -466,6 +466,7 @@ def test_worker_ends_with_its_host():
     )
     host = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     group = int(host.stdout.readline())
+    time.sleep(1)
     assert group_members(group)
     host.kill()
     host.communicate()
