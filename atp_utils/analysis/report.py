@@ -71,16 +71,16 @@ def readme_tables(results: Path) -> dict[str, str]:
     role_play, problems, games = (
         decisions[decisions["scenario"] == name] for name in ("role_play", "tool_use", "collusion")
     )
-    table2 = tool_use_tables.table2(stats.standard(problems))
-    main = table2.index.get_level_values("measure").isin(tool_use_tables.MAIN)
-    ours = {
-        "primary contrast": tables.contrast(decisions),
-        "role-play": _violations(stats.standard(role_play)),
-        "slopes": tables.slopes(dose_response.written(role_play)),
-        "tool use": table2[main],
-        "collusion": tables.collusion(stats.standard(games)),
-        "critical mass": tables.dynamics(dose_response.written(games, "collusion")),
+    written, answers = dose_response.written(role_play), dose_response.written(games, "collusion")
+    made: dict[str, tuple[pd.DataFrame, Callable[[pd.DataFrame], pd.DataFrame]]] = {
+        "primary contrast": (decisions, tables.contrast),
+        "role-play": (stats.standard(role_play), _violations),
+        "slopes": (written, tables.slopes),
+        "tool use": (stats.standard(problems), tool_use_tables.main_table2),
+        "collusion": (stats.standard(games), tables.collusion),
+        "critical mass": (answers, tables.dynamics),
     }
+    ours = {name: tabled(rows) for name, (rows, tabled) in made.items() if len(rows)}
     paper = {"role-play, paper": tables.paper_columns(), "tool use, paper": tool_use_tables.paper_columns()}
     if decisions["model"].nunique() == 1:
         ours = {name: table.droplevel("model") for name, table in ours.items()}

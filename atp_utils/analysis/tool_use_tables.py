@@ -134,6 +134,12 @@ def table2(decisions: pd.DataFrame) -> pd.DataFrame:
     return wide.sort_index(key=lambda level: level.map(order) if level.name == "measure" else level)
 
 
+def main_table2(decisions: pd.DataFrame) -> pd.DataFrame:
+    """Those rows of `table2` that the README shows (`MAIN`)."""
+    table = table2(decisions)
+    return table[table.index.get_level_values("measure").isin(MAIN)]
+
+
 def _labelled(table: pd.DataFrame, name: str, shown) -> pd.DataFrame:
     """A table's cells as text; nothing where no group has a value (P(tool) of a run that wrote freely)."""
     if not table["n"].any():
