@@ -96,7 +96,7 @@ def test_two_processes_train_what_one_does_also_after_a_kill(method, layout, tin
     launcher = request.getfixturevalue("fsdp") if layout == "fsdp" else TWO
     alone = train_both(method, tiny, tmp_path / "alone")
     out = tmp_path / "launched"
-    with pytest.raises(RuntimeError, match=r"(?s)yaml, failed .*rank +: 1 .*SIGKILL.*memory runs out.*output.log"):
+    with pytest.raises(RuntimeError, match=r"(?s)yaml failed .*rank +: 1 .*SIGKILL.*memory runs out.*output.log"):
         train_both(method, tiny, out, launcher)
     assert not list(out.glob("*_log.csv")) and not (out / "manifest.json").exists()
     [checkpoint] = (out / "checkpoints" / layout).glob("checkpoint-*/trainer_state.json")

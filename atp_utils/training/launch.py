@@ -27,7 +27,7 @@ from atp_utils.parameters import named_file
 from atp_utils.support import files
 
 CONFIGURATIONS = Path("profiles/accelerate")
-SHOWN_LINES = 40
+SHOWN_LINES = 25
 GRACE_SECONDS = 30
 _STEP = re.compile(r"\[progress\] (\d+)$")
 
@@ -104,8 +104,10 @@ def report(done: int) -> None:
 
 
 def _why(log: Path) -> str:
-    """The end of the output, where torchrun's summary names the process that failed first."""
-    said = log.read_text(encoding="utf-8").rstrip().splitlines()[-SHOWN_LINES:]
+    """Torchrun's summary, which names the process that failed first, or else the end of the output."""
+    lines = log.read_text(encoding="utf-8").rstrip().splitlines()
+    summary = next((place for place, line in enumerate(lines) if line.startswith("Root Cause")), None)
+    said = lines[-SHOWN_LINES:] if summary is None else lines[summary:]
     if any("SIGKILL" in line for line in said):
         said.append("SIGKILL is what the system sends when memory runs out.")
     return "\n".join([*said, f"All of its output: {shown(log)}"])
