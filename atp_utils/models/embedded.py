@@ -109,9 +109,12 @@ def _fetch(model: Embedded, work: Path) -> Path:
     for source, fetch in sources.items():
         try:
             fetch(model, work)
-            if file.is_file():
-                _check(file, model)
+            if not file.is_file():
+                continue
+            if file.stat().st_size == model.bytes and sha256(file) == model.sha256:
                 return file
+            file.unlink()
+            raise ValueError(f"not the {model.bytes} bytes with SHA-256 {model.sha256}: not to be trusted, and removed")
         except Exception as error:
             # Whatever is wrong with one source, the next may do.
             failed.append(f"\n- {source}: {error}")
@@ -119,13 +122,6 @@ def _fetch(model: Embedded, work: Path) -> Path:
         f"{model.name}: none of its sources gives {model.file}{''.join(failed)}\nGo online once, put the file into "
         f"{shown(work)} yourself, or name another model (a Hugging Face id or a local folder)"
     )
-
-
-def _check(file: Path, model: Embedded) -> None:
-    """Remove ``file`` and raise ValueError unless it is the model's."""
-    if file.stat().st_size != model.bytes or sha256(file) != model.sha256:
-        file.unlink()
-        raise ValueError(f"not the {model.bytes} bytes with SHA-256 {model.sha256}: not to be trusted, and removed")
 
 
 def _from_hub(model: Embedded, work: Path) -> None:
