@@ -151,3 +151,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, read):
     (tmp_path / "broken.py").write_text("x = (")
     with pytest.raises(ValueError, match=r"broken\.py: not Python: "):
         read(tmp_path / "broken.py")
+
+
+@pytest.mark.parametrize("book", ["07_heatmaps", "08_figures", "09_dose_response", "10_critical_mass"])
+def test_what_draws_a_figure_counts_for_the_notebook_that_shows_it(book):
+    reached = closure(f"notebooks/{book}.ipynb")
+    assert {"atp_utils/analysis/figures.py", "atp_utils/analysis/response_figures.py"} <= set(reached)

@@ -1,6 +1,5 @@
 """What all figures share: their registry, how one is drawn for each model, and panels under a title."""
 
-import importlib
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -42,9 +41,8 @@ def figures_of(scenario: str) -> list[str]:
 
 
 def _register() -> None:
-    """Import the modules of this package that have figures, which register them."""
-    for module in ("figures", "response_figures"):
-        importlib.import_module(f"{__package__}.{module}")
+    """Import the modules that have figures, which register them; plainly, so that code digests see them."""
+    from atp_utils.analysis import figures, response_figures  # noqa: F401
 
 
 def claim(folder: str | Path, results: str | Path, *, overwrite: bool = False) -> Path:
