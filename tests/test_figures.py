@@ -17,6 +17,7 @@ from atp_utils import ROOT, resolve
 from atp_utils.analysis import (
     drawing,
     figures,
+    gallery,
     plots,
     positions,
     stats,
@@ -30,7 +31,6 @@ RESULTS = resolve("data/results/quick/evolution")
 MODELS = ("Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct")
 SCENARIOS = ("role_play", "tool_use", "collusion")
 # The figures of the paper's own condition; test_response_figures.py has the others.
-drawing.figures_of("")
 FIGURES = {name: draw for name, draw in drawing.FIGURES.items() if name not in drawing.ALL_CONDITIONS}
 SCENARIO = {"role_play": "role_play", "role_play_environments": "role_play", "tool_use": "tool_use"}
 
@@ -140,7 +140,7 @@ def test_any_scenarios(scenarios, tmp_path):
     for (scenario, name), table in all_tables(decisions).items():
         expected = scenario in scenarios and name != "benefit"
         assert bool(len(table)) == expected, (scenario, name)
-    drawn = [path for name in FIGURES for path in drawing.draw(rows_of(decisions, name), name, tmp_path)]
+    drawn = [path for name in FIGURES for path in gallery.draw(rows_of(decisions, name), name, tmp_path)]
     expected = {name for name in FIGURES if SCENARIO.get(name, "collusion") in scenarios}
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{name}_Qwen--Qwen3-8B.{kind}" for name in expected for kind in ("png", "svg")
@@ -236,12 +236,12 @@ def test_the_place_of_the_deviant_option_by_hand():
 
 
 def test_figures_of_other_results_are_not_mixed(tmp_path):
-    folder = drawing.claim(tmp_path / "figures", tmp_path / "one")
+    folder = gallery.claim(tmp_path / "figures", tmp_path / "one")
     (folder / "old.png").touch()
-    assert drawing.claim(folder, tmp_path / "one") == folder
+    assert gallery.claim(folder, tmp_path / "one") == folder
     with pytest.raises(FileExistsError, match="figures"):
-        drawing.claim(folder, tmp_path / "two/one")
-    drawing.claim(folder, tmp_path / "two/one", overwrite=True)
+        gallery.claim(folder, tmp_path / "two/one")
+    gallery.claim(folder, tmp_path / "two/one", overwrite=True)
     assert not (folder / "old.png").exists()
 
 

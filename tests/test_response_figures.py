@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import scripted_agents as agents
 
-from atp_utils.analysis import drawing, plots, report, response_figures
+from atp_utils.analysis import gallery, plots, report, response_figures
 
 DRAWN = {"role_play": ("conditions", "survival", "dose"), "collusion": ("response", "chain", "group_size")}
 
@@ -57,11 +57,11 @@ def test_what_a_run_lacks_is_no_figure(record, name):
 
 
 def test_a_figure_that_wants_all_conditions_gets_them(record, tmp_path):
-    assert len(drawing.draw(of(record, "role_play"), "dose", tmp_path)) == 2
+    assert len(gallery.draw(of(record, "role_play"), "dose", tmp_path)) == 2
     # Figures of the paper see its own condition alone.
-    assert len(drawing.draw(of(record, "role_play"), "role_play", tmp_path)) == 2
+    assert len(gallery.draw(of(record, "role_play"), "role_play", tmp_path)) == 2
     forced = record[(record["scenario"] == "role_play") & (record["condition"] == "forced_history")]
-    assert drawing.draw(forced, "role_play", tmp_path) == []
+    assert gallery.draw(forced, "role_play", tmp_path) == []
 
 
 def test_a_report_begins_with_the_verdicts(record):
