@@ -164,3 +164,22 @@ def test_p_and_equivalence_by_hand(mean, error, freedom, p, same):
     # .01 +- .01: t = 1 with 15 degrees of freedom, p = .333; 90 % of it reaches to .01 + 1.753 * .01 < .05.
     assert verdicts.two_sided(mean, error, freedom) == pytest.approx(p, abs=1e-3)
     assert verdicts.same(mean, error, freedom) is same
+
+
+def test_agents_of_different_seeds_are_different_units_and_simple_problems_are_no_part():
+    # Two seeds of one agent each, two families: in `standard` P rises by .1 and .3 in seed 0, by .3 and .5 in seed 1.
+    rises = {("f", 0): 0.1, ("g", 0): 0.3, ("f", 1): 0.3, ("g", 1): 0.5}
+    rows = [
+        {"scenario": "tool_use", "model": "m", "arm": "base", "condition": condition, "seed": seed, "agent": 0,
+         "item": f"{kind}-{family}", "environment": family, "round": number, "valid": True, "choice": "direct",
+         "deviated": True, "correct": True, "reward": -1.0, "mass": 1.0,
+         "p_deviate": 0.2 + (number - 1) * rise * (condition == "standard") if kind == "complex" else None}
+        for (family, seed), rise in rises.items() for kind in ("complex", "simple")
+        for condition in ("standard", "equal_payoffs") for number in (1, 2)
+    ]  # fmt: skip
+    decisions = pd.DataFrame(rows).astype({"item": "string", "deviated": "boolean", "correct": "boolean"})
+    [row] = verdicts.contrast(decisions).itertuples()
+    # Mean .3. Families' sums of residuals over 4: -+.05, variance 2 * 2 * .05^2 = .01, agents' the same; crossing:
+    # 4/3 * 2 * .05^2 = .00667. In all .01333; t(1) = 12.706.
+    half = 12.706 * math.sqrt(0.02 - 4 / 3 * 0.005)
+    assert (row.contrast, row.low, row.high) == pytest.approx((0.3, 0.3 - half, 0.3 + half), abs=1e-3)

@@ -13,20 +13,20 @@ import pandas as pd
 from scipy.stats import t
 from statsmodels.stats.multitest import multipletests
 
-from atp_utils.analysis import stats
+from atp_utils.analysis import stats, tool_use_tables
 
 STANDARD, CONTROL = "standard", "equal_payoffs"
 KEYS = ["scenario", "model", "arm"]
 MARGIN = 0.05  # a change of fewer points counts as none
 ALPHA = 1 - stats.LEVEL
-# The independent units of a scenario's changes; of others, environments.
-UNITS = {"tool_use": ("environment", "agent")}
 VERDICTS = ("tips with payoff", "turns against payoff", "no tipping", "undecided")
 
 
-def units_of(scenario: str) -> Sequence[str]:
-    """The kinds of independent units of a scenario's decisions."""
-    return UNITS.get(scenario, ("environment",))
+def with_units(decisions: pd.DataFrame, scenario: str) -> tuple[pd.DataFrame, Sequence[str]]:
+    """The decisions of a scenario that its changes are about, and the columns that name their independent units."""
+    if scenario == "tool_use":
+        return tool_use_tables.problem_table(decisions), tool_use_tables.UNITS
+    return decisions, ("environment",)
 
 
 def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
@@ -38,7 +38,8 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for key, group in decisions.groupby(KEYS, sort=True, observed=True):
-        value, units = stats.value_of(group), units_of(key[0])
+        group, units = with_units(group, key[0])
+        value = stats.value_of(group)
         changes = {
             name: stats.unit_changes(group[group["condition"] == name], value, units) for name in (STANDARD, CONTROL)
         }
@@ -90,7 +91,8 @@ def conditions(decisions: pd.DataFrame) -> pd.DataFrame:
     rows = []
     lived = decisions[decisions["condition"] != "forced_history"]
     for key, group in lived.groupby(KEYS, sort=True, observed=True):
-        value, units = stats.value_of(group), units_of(key[0])
+        group, units = with_units(group, key[0])
+        value = stats.value_of(group)
         standard = stats.unit_changes(group[group["condition"] == STANDARD], value, units)
         for name, own in group.groupby("condition", sort=False, observed=True):
             changes = stats.unit_changes(own, value, units)
@@ -116,7 +118,8 @@ def erosion(decisions: pd.DataFrame) -> pd.DataFrame:
     rows = []
     own = decisions[decisions["condition"] == STANDARD]
     for (scenario, model), group in own.groupby(["scenario", "model"], sort=True, observed=True):
-        units, value = units_of(scenario), stats.value_of(group)
+        group, units = with_units(group, scenario)
+        value = stats.value_of(group)
         start = group[group["round"] == group["round"].min()]
         first = start.groupby([*units, "arm"], observed=True)[value].mean().astype(float).unstack("arm")
         for arm in sorted(set(group["arm"]) - {"base"}) if "base" in set(group["arm"]) else []:
@@ -161,6 +164,7 @@ def time_to_tip(decisions: pd.DataFrame) -> pd.DataFrame:
     kept = kept.assign(kept=~tipped.astype(bool))
     rows = []
     for key, group in kept.groupby([*KEYS, "condition", "round"], sort=True, observed=True):
-        ends = stats.interval(group["kept"].astype(float), *(group[unit] for unit in units_of(key[0])))
+        group, units = with_units(group, key[0])
+        ends = stats.interval(group["kept"].astype(float), *(group[unit] for unit in units))
         rows.append((*key, len(group), float(group["kept"].mean()), *ends))
     return pd.DataFrame(rows, columns=[*KEYS, "condition", "round", "n", "rate", "low", "high"])
