@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from atp_utils import resolve, shown
 from atp_utils.models import chat_template, embedded, weights_memory
 from atp_utils.models.digests import adapter_digest, folder_digest
+from atp_utils.models.precisions import precision
 
 EMBEDDED = "smollm2-135m"
 
@@ -35,14 +36,6 @@ def quiet() -> None:
     # PEFT looks for the base model's configuration on the hub when it saves an adapter; it can do without.
     warnings.filterwarnings("ignore", message="Unable to fetch remote file", category=UserWarning)
     warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
-
-
-def precision(dtype: str | torch.dtype) -> torch.dtype:
-    """The precision called ``dtype``; "auto" is bfloat16 where the hardware multiplies it natively, else float32."""
-    if dtype != "auto":
-        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    fast_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if torch.cuda.is_available() or fast_cpu else torch.float32
 
 
 def locate(name: str) -> str:

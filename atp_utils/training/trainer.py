@@ -28,6 +28,7 @@ from trl.import_utils import is_vllm_available
 from atp_utils import models, parameters, shown
 from atp_utils.models import weights_memory
 from atp_utils.models.chat_template import turn_end
+from atp_utils.models.precisions import precision
 from atp_utils.runs import PLACE, Run
 from atp_utils.scenarios.registry import SCENARIOS, source
 from atp_utils.support import files, folders, progress
@@ -132,7 +133,9 @@ def _log_of(run: Run, rows: list[dict]) -> pd.DataFrame:
             return log
     with progress.bar(total, f"{run.notebook} {given.model}") as bar:
         if given.launcher:
-            files.write_json(out / TASK, {"notebook": run.notebook, "parameters": run.settings, "rows": rows})
+            # Processes that measured for themselves, all at once, might not agree.
+            settings = run.settings | {"dtype": str(precision(given.dtype)).removeprefix("torch.")}
+            files.write_json(out / TASK, {"notebook": run.notebook, "parameters": settings, "rows": rows})
             launch.run(given.launcher, f"{PACKAGE}.training.trainer", [str(out)], out / OUTPUT, bar)
         else:
             fit(out, given, rows, lambda done: bar.update(done - bar.n))

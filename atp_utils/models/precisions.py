@@ -1,0 +1,51 @@
+"""Which precision a machine answers fastest in, found by measuring: a processor's flags don't tell.
+
+With AVX512-BF16 an Intel core without AMX multiplies bfloat16 at half of float32's speed, where an AMD core gains by
+it; a core without it is a hundred times slower. On a GPU bfloat16 is always taken.
+"""
+
+from functools import lru_cache
+from time import perf_counter
+
+import torch
+
+SHAPE = (128, 576, 576)  # tokens, width in, width out: a small model's batch, a tenth of a second at worst
+REPEATS = 9
+# How many times faster bfloat16 must be: float32 is the more exact, and a busy machine must choose the same each time.
+CLEARLY = 1.25
+
+
+def precision(dtype: str | torch.dtype) -> torch.dtype:
+    """The precision called ``dtype``; "auto" is the `fastest` here."""
+    if dtype == "auto":
+        return fastest()
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+@lru_cache(maxsize=1)
+def fastest() -> torch.dtype:
+    """bfloat16 on a GPU, or where it multiplies clearly faster than float32, which is measured once a process."""
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would wait for each other wherever another process has one's core
+    try:
+        # In turn, so that what else runs slows both.
+        taken = [{dtype: _seconds(dtype) for dtype in (torch.float32, torch.bfloat16)} for _ in range(REPEATS)]
+    finally:
+        torch.set_num_threads(threads)
+    return choose({dtype: min(times[dtype] for times in taken) for dtype in taken[0]})
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    tokens, wide, far = SHAPE
+    left, right = torch.ones(tokens, wide, dtype=dtype), torch.ones(far, wide, dtype=dtype)
+    begin = perf_counter()
+    torch.nn.functional.linear(left, right)
+    return perf_counter() - begin
+
+
+def choose(seconds: dict[torch.dtype, float]) -> torch.dtype:
+    """The precision to take where the same product took so many ``seconds`` in either."""
+    faster = seconds[torch.float32] > CLEARLY * seconds[torch.bfloat16]
+    return torch.bfloat16 if faster else torch.float32
