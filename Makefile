@@ -53,10 +53,10 @@ pilot: model ## run the smallest of each kind of a profile's jobs and say what t
 	@$(BIN)/python -m atp_utils.pilot "$(PROFILE)" $(if $(MODEL),--model "$(MODEL)")
 
 # --nolock: a killed run would leave its lock behind, and each run folder has a lock of its own.
-# MODEL is run in place of the profile's; SERVERS, addresses with commas between or a file, answer in place of this
-# machine: docs/servers.md.
+# MODEL is run in place of the profile's; ADAPTERS=train trains adapters that are published too; SERVERS, addresses with
+# commas between or a file, answer in place of this machine: docs/servers.md.
 reproduce: model $(if $(filter slurm,$(EXECUTOR)),$(CLUSTER_INSTALLED)) ## run a profile (PROFILE=quick|laptop|paper, MODEL=, EXECUTOR=local|slurm), then print its tables
-	$(BIN)/snakemake $(SNAKEMAKE_$(EXECUTOR)) --config profile="$(PROFILE)" model="$(MODEL)" servers="$(SERVERS)" --rerun-incomplete --nolock --quiet host reason
+	$(BIN)/snakemake $(SNAKEMAKE_$(EXECUTOR)) --config profile="$(PROFILE)" model="$(MODEL)" servers="$(SERVERS)" adapters="$(ADAPTERS)" --rerun-incomplete --nolock --quiet host reason
 	@$(BIN)/python -m atp_utils.analysis.report "$(RUN)"
 
 test: model ## ruff, pytest and the notebooks by nbval

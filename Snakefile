@@ -1,5 +1,8 @@
 """The pipeline: data -> adapters -> evolution -> figures, every step one notebook run by `atp_utils.run`.
 
+A *policy* is what evolves: ``base``, or an arm with the seed of its training, ``dpo-0``. An adapter that is published
+in data/adapters with the settings that the profile asks for is taken from there, unless `make reproduce ADAPTERS=train`.
+
 `make reproduce PROFILE=quick` calls it. Results go to runs/PROFILE. A manifest, written last by the notebook,
 is each step's output; the executed notebook is its log, so that a failed one is kept for reading.
 
@@ -17,6 +20,7 @@ import shlex
 
 from atp_utils.engines import Servers
 from atp_utils.parameters import ALIGN, EVOLVE, read_profile, run_folder
+from atp_utils.runs import adapters
 from atp_utils.scenarios.registry import SCENARIOS, source
 from atp_utils.support.code_digest import code_of
 from atp_utils.support.files import as_folder
@@ -31,6 +35,10 @@ MODELS = {as_folder(name): name for name in SETTINGS.models}
 # isn't asked again for having been asked elsewhere.
 SERVERS = str(config.get("servers") or "")
 Servers.of(SERVERS)
+# `make reproduce ADAPTERS=train`: no published adapter is taken.
+TRAINS = str(config.get("adapters") or "published")
+if TRAINS not in ("published", "train"):
+    raise ValueError(f"ADAPTERS={TRAINS}: expected published or train")
 
 
 def given(**values):
@@ -51,26 +59,36 @@ def prompts(scenario, split):
     return [f"{RUN}/data/{scenario}/{split}.jsonl"] if split in own.splits else list(own.sources)
 
 
+def adapter_folder(scenario, model, policy):
+    """The adapter of a policy: published, or trained here."""
+    method, _, seed = policy.partition("-")
+    settings = SETTINGS.parameters(ALIGN[method], scenario, MODELS[model]).model_dump(mode="json")
+    ready = adapters.published(MODELS[model], scenario, method, int(seed), settings)
+    return ready if ready and TRAINS != "train" else f"{RUN}/adapters/{scenario}/{model}/{policy}"
+
+
 def adapter_manifest(wildcards):
-    if wildcards.arm == "base":
+    if wildcards.policy == "base":
         return []
-    return f"{RUN}/adapters/{wildcards.scenario}/{wildcards.model}/{wildcards.arm}/manifest.json"
+    return f"{adapter_folder(wildcards.scenario, wildcards.model, wildcards.policy)}/manifest.json"
 
 
 def align_given(wildcards):
-    out = f"{RUN}/adapters/{wildcards.scenario}/{wildcards.model}/{wildcards.method}"
-    model, scenario = MODELS[wildcards.model], wildcards.scenario
-    return given(model=model, scenario=scenario, data=f"{RUN}/data", out=out, overwrite=True)
+    out = f"{RUN}/adapters/{wildcards.scenario}/{wildcards.model}/{wildcards.method}-{wildcards.seed}"
+    model, scenario, seed = MODELS[wildcards.model], wildcards.scenario, int(wildcards.seed)
+    return given(model=model, scenario=scenario, seed=seed, data=f"{RUN}/data", out=out, overwrite=True)
 
 
 def evolve_given(wildcards):
-    model, arm, condition = MODELS[wildcards.model], wildcards.arm, wildcards.condition
+    model, policy, condition = MODELS[wildcards.model], wildcards.policy, wildcards.condition
+    arm, _, seed = policy.partition("-")
     # Servers hold the adapters themselves.
     served = SERVERS or SETTINGS.given(EVOLVE[wildcards.scenario], None, model).get("servers")
-    adapter = "" if arm == "base" or served else adapter_manifest(wildcards).removesuffix("/manifest.json")
-    out = f"{RUN}/evolution/{wildcards.scenario}/{wildcards.model}/{condition}/{arm}"
-    place = {"out": out, "data": f"{RUN}/data", "overwrite": True}
-    return given(model=model, arm=arm, condition=condition, adapter=adapter, **place)
+    plain = policy == "base" or served
+    adapter = "" if plain else adapter_folder(wildcards.scenario, wildcards.model, policy)
+    out = f"{RUN}/evolution/{wildcards.scenario}/{wildcards.model}/{condition}/{policy}"
+    which = {"model": model, "arm": arm, "training_seed": int(seed or 0), "condition": condition, "adapter": adapter}
+    return given(**which, out=out, data=f"{RUN}/data", overwrite=True)
 
 
 SERVED = given(servers=SERVERS) if SERVERS else ""
@@ -83,14 +101,33 @@ def settings_of(book, part, name):
 wildcard_constraints:
     scenario="|".join(SETTINGS.scenarios),
     model="|".join(map(re.escape, MODELS)),
-    arm="base|dpo|grpo",
+    policy=r"base|(dpo|grpo)-\d+",
     method="dpo|grpo",
+    seed=r"\d+",
     condition="|".join({condition for _, condition in SETTINGS.evolutions}),
+
+
+EVOLUTIONS = [
+    f"{RUN}/evolution/{scenario}/{model}/{condition}/{policy}/manifest.json"
+    for scenario, condition in SETTINGS.evolutions
+    for model in MODELS
+    for policy in SETTINGS.policies(scenario)
+]
+USED = [
+    adapter_folder(scenario, model, policy)
+    for scenario in SETTINGS.scenarios
+    for model in MODELS
+    for policy in SETTINGS.policies(scenario)
+    if policy != "base"
+]
+# Where all adapters are published ones, notebooks 2 and 3 still show how they are trained, in their own few steps.
+SHOWN = [] if any(folder.startswith(f"{RUN}/") for folder in USED) else [arm for arm in SETTINGS.arms if arm != "base"]
 
 
 rule all:
     input:
         expand(f"{RUN}/figures/{{book}}.done", book=SETTINGS.figures),
+        expand(f"{RUN}/demonstration/{{method}}/manifest.json", method=SHOWN),
     default_target: True
 
 
@@ -119,7 +156,7 @@ rule align:
     input:
         f"{RUN}/data/{{scenario}}/train.jsonl",
     output:
-        f"{RUN}/adapters/{{scenario}}/{{model}}/{{method}}/manifest.json",
+        f"{RUN}/adapters/{{scenario}}/{{model}}/{{method}}-{{seed}}/manifest.json",
     params:
         notebook=lambda w: f"notebooks/{ALIGN[w.method]}.ipynb",
         code=lambda w: code(ALIGN[w.method], w.scenario),
@@ -127,9 +164,9 @@ rule align:
         given=align_given,
         settings=lambda w: settings_of(ALIGN[w.method], w.scenario, MODELS[w.model]),
     log:
-        notebook=f"{RUN}/notebooks/align-{{scenario}}-{{model}}-{{method}}.ipynb",
+        notebook=f"{RUN}/notebooks/align-{{scenario}}-{{model}}-{{method}}-{{seed}}.ipynb",
     message:
-        "align: {wildcards.method} of {params.name} on {wildcards.scenario}"
+        "align: {wildcards.method} of {params.name} on {wildcards.scenario}, seed {wildcards.seed}"
     threads: 8
     resources:
         gpu=1,
@@ -139,12 +176,36 @@ rule align:
         "python -m atp_utils.run {params.notebook} {log.notebook:q} --profile {PROFILE:q} {params.given}"
 
 
+rule demonstrate:
+    input:
+        f"{RUN}/data/role_play/train.jsonl",
+    output:
+        f"{RUN}/demonstration/{{method}}/manifest.json",
+    params:
+        notebook=lambda w: f"notebooks/{ALIGN[w.method]}.ipynb",
+        code=lambda w: code(ALIGN[w.method], "role_play"),
+        given=lambda w: given(
+            model=next(iter(MODELS.values())), data=f"{RUN}/data", out=f"{RUN}/demonstration/{w.method}", overwrite=True
+        ),
+    log:
+        notebook=f"{RUN}/notebooks/demonstrate-{{method}}.ipynb",
+    message:
+        "demonstrate: {wildcards.method}, a few steps"
+    threads: 8
+    resources:
+        gpu=1,
+        mem_mb=64000,
+        runtime=120,
+    shell:
+        "python -m atp_utils.run {params.notebook} {log.notebook:q} {params.given}"
+
+
 rule evolve:
     input:
         lambda w: prompts(w.scenario, "test"),
         adapter_manifest,
     output:
-        f"{RUN}/evolution/{{scenario}}/{{model}}/{{condition}}/{{arm}}/manifest.json",
+        f"{RUN}/evolution/{{scenario}}/{{model}}/{{condition}}/{{policy}}/manifest.json",
     params:
         notebook=lambda w: f"notebooks/{EVOLVE[w.scenario]}.ipynb",
         code=lambda w: code(EVOLVE[w.scenario], w.scenario),
@@ -152,9 +213,9 @@ rule evolve:
         given=evolve_given,
         settings=lambda w: settings_of(EVOLVE[w.scenario], w.condition, MODELS[w.model]),
     message:
-        "evolve: {wildcards.scenario}, {params.name}, {wildcards.condition}, {wildcards.arm}"
+        "evolve: {wildcards.scenario}, {params.name}, {wildcards.condition}, {wildcards.policy}"
     log:
-        notebook=f"{RUN}/notebooks/evolve-{{scenario}}-{{model}}-{{condition}}-{{arm}}.ipynb",
+        notebook=f"{RUN}/notebooks/evolve-{{scenario}}-{{model}}-{{condition}}-{{policy}}.ipynb",
     threads: 8
     resources:
         gpu=1,
@@ -167,12 +228,7 @@ rule evolve:
 rule figures:
     input:
         "notebooks/{book}.ipynb",
-        [
-            f"{RUN}/evolution/{scenario}/{model}/{condition}/{arm}/manifest.json"
-            for scenario, condition in SETTINGS.evolutions
-            for model in MODELS
-            for arm in SETTINGS.arms
-        ],
+        EVOLUTIONS,
     output:
         touch(f"{RUN}/figures/{{book}}.done"),
     params:

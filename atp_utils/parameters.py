@@ -38,7 +38,8 @@ from atp_utils.support.values import (
 
 PROFILES = Path("profiles")
 # What the pipeline gives each job; a profile's value would be ignored.
-GIVEN = {"model", "scenario", "arm", "condition", "adapter", "data", "out", "results", "figures", "overwrite"}
+GIVEN = {"model", "scenario", "arm", "training_seed", "condition", "adapter", "data", "out"}
+GIVEN |= {"results", "figures", "overwrite"}
 
 
 def _scenario(name: str) -> str:
@@ -207,6 +208,8 @@ def _settings(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 check(book, {"condition": part})
             elif slash and "scenario" not in names:
                 raise ValueError(f"{book} takes no scenario and no condition")
+            if book in ALIGN.values() and "seed" in values:
+                raise ValueError("seed is set by training_seeds, or by -p")
             if given := sorted(GIVEN.intersection(values)):
                 raise ValueError(f"{given[0]} is set by the pipeline, or by -p; no profile can set it")
             check(book, values)
@@ -233,7 +236,7 @@ class Profile(BaseModel):
 
     ``notebooks`` maps a notebook to its parameters; those of ``notebook/part`` are for one scenario (training) or one
     condition (evolution). ``models`` maps each model to what it has otherwise, in the same form. A scenario that
-    ``conditions`` doesn't name has the standard one.
+    ``conditions`` doesn't name has the standard one, and one that ``training_seeds`` doesn't name one training an arm.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -241,12 +244,18 @@ class Profile(BaseModel):
     arms: Annotated[list[Arm], Field(min_length=1), Distinct]
     scenarios: Annotated[list[ScenarioName], Field(min_length=1), Distinct]
     conditions: Annotated[Conditions, AfterValidator(_conditions)] = {}
+    training_seeds: dict[ScenarioName, Annotated[list[Natural], Field(min_length=1), Distinct]] = {}
     notebooks: Settings
 
     @property
     def evolutions(self) -> list[tuple[str, str]]:
         """(scenario, condition) of all evolutions."""
         return [(name, condition) for name in self.scenarios for condition in self.conditions.get(name, ["standard"])]
+
+    def policies(self, scenario: str) -> list[str]:
+        """What evolves in a scenario: ``base``, and each aligned arm with each seed of its training, ``dpo-0``."""
+        seeds = self.training_seeds.get(scenario, [0])
+        return [name for arm in self.arms for name in ([arm] if arm == "base" else [f"{arm}-{seed}" for seed in seeds])]
 
     @property
     def figures(self) -> list[str]:

@@ -11,6 +11,7 @@ from trainings import a_run, rows_of
 from atp_utils import parameters
 from atp_utils.engines.transformers_engine import TransformersEngine
 from atp_utils.evolution.protocol import Protocol, Question, decide
+from atp_utils.runs import adapters
 from atp_utils.scenarios import role_play
 from atp_utils.training import collapse, trainer
 
@@ -67,7 +68,7 @@ def test_a_collapse_stops_the_training_and_is_no_adapter(collapsing, tmp_path, m
         RuntimeError, match=r"out: after \d+ steps .* probability of .*learning_rate.*beta.*min_mass to 0"
     ):
         collapsing(min_mass=least)
-    assert not (out / trainer.LOG).exists() and not (out / "manifest.json").exists()
+    assert not (out / adapters.LOG).exists() and not (out / "manifest.json").exists()
     stopped = pd.read_csv(out / trainer.UNCHECKED)
     assert 3 < len(stopped) < STEPS and stopped["mass"].tail(3).mean() < least
     pd.testing.assert_frame_equal(stopped, whole.head(len(stopped)), check_dtype=False)

@@ -106,7 +106,8 @@ notebooks:
         ("[base]", "[base, sft]", r"arms\.1"),
         ("arms: [base]", "arm: base", "arms: Field required.*arm: Extra"),
         ("[base]", "[base", "not valid YAML"),
-        ("smollm2-135m: {}", "smollm2-135m: {02_align_dpo: {seed: x}}", "parameter seed"),
+        ("smollm2-135m: {}", "smollm2-135m: {02_align_dpo: {beta: x}}", "parameter beta"),
+        ("smollm2-135m: {}", "smollm2-135m: {02_align_dpo: {seed: 1}}", "seed is set by training_seeds"),
         ("[base]", "[base, base]", "arms: .*'base' stands twice"),
     ],
 )

@@ -1,5 +1,6 @@
 """What makes the workflow run a job again, on a copy of the repository whose jobs count as done."""
 
+import json
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ import yaml
 
 from atp_utils import ROOT
 from atp_utils.parameters import read_profile
+from atp_utils.runs import adapters
 from atp_utils.support.code_digest import closure
 
 
@@ -189,21 +191,76 @@ def test_each_condition_is_a_job_of_its_own_folder_and_settings(finished, tmp_pa
     found = {words[words.index("out") + 1]: words[words.index("condition") + 1] for words in evolutions}
     played = [("role_play", "standard"), ("role_play", "caught"), ("tool_use", "standard"), ("collusion", "reminder")]
     assert found == {
-        f"runs/mine/evolution/{scenario}/smollm2-135m/{condition}/{arm}": condition
+        f"runs/mine/evolution/{scenario}/smollm2-135m/{condition}/{policy}": condition
         for scenario, condition in played
-        for arm in ("base", "dpo", "grpo")
+        for policy in ("base", "dpo-0", "grpo-0")
     }
     # All conditions of an arm have its one adapter, and a log each.
     adapters = {words[words.index("adapter") + 1] for words in evolutions}
     assert adapters == {""} | {
-        f"runs/mine/adapters/{scenario}/smollm2-135m/{arm}"
+        f"runs/mine/adapters/{scenario}/smollm2-135m/{policy}"
         for scenario in ("role_play", "tool_use", "collusion")
-        for arm in ("dpo", "grpo")
+        for policy in ("dpo-0", "grpo-0")
     }
     assert len({words[4] for words in evolutions}) == 12
     settings = read_profile(str(profile))
     rounds = {c: settings.parameters("04_evolve_role_play", c, "smollm2-135m").rounds for c in ("standard", "caught")}
     assert rounds == {"standard": 2, "caught": 5}
+
+
+def values_of(words):
+    """The parameters that a command of `atp_utils.run` is given."""
+    start = words.index("-p")
+    return dict(zip(words[start + 1 :: 3], words[start + 2 :: 3], strict=True))
+
+
+def test_each_seed_of_a_training_has_an_adapter_and_evolutions_of_its_own(finished, tmp_path):
+    content = yaml.safe_load((finished / "tests/profiles/smoke.yaml").read_text()) | {
+        "scenarios": ["role_play"], "training_seeds": {"role_play": [3, 5]}
+    }  # fmt: skip
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(yaml.safe_dump(content))
+    found = [(words[3], values_of(words)) for words in commands(finished, profile=profile)]
+    folder = "runs/mine/adapters/role_play/smollm2-135m"
+    trained = {given["out"]: given["seed"] for book, given in found if "_align_" in book}
+    assert trained == {f"{folder}/{arm}-{seed}": seed for arm in ("dpo", "grpo") for seed in "35"}
+    played = {(given["arm"], given["training_seed"]): given["adapter"] for book, given in found if "_evolve_" in book}
+    expected = {(arm, seed): f"{folder}/{arm}-{seed}" for arm in ("dpo", "grpo") for seed in "35"}
+    assert played == {("base", "0"): ""} | expected
+
+
+def test_a_published_adapter_of_the_same_settings_is_taken_instead_of_a_training(finished, tmp_path):
+    content = yaml.safe_load((finished / "tests/profiles/smoke.yaml").read_text()) | {"scenarios": ["role_play"]}
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(yaml.safe_dump(content))
+    settings = read_profile(str(profile))
+    for arm, book in (("dpo", "02_align_dpo"), ("grpo", "03_align_grpo")):
+        place = finished / adapters.folder("smollm2-135m", "role_play", arm, 0)
+        place.mkdir(parents=True)
+        given = settings.parameters(book, "role_play", "smollm2-135m").model_dump(mode="json")
+        (place / "manifest.json").write_text(json.dumps({"settings": given | {"out": "elsewhere", "seed": 0}}))
+        (place / adapters.WEIGHTS).touch()
+
+    def books(*config):
+        found = [(words[3], values_of(words)) for words in commands(finished, profile=profile, config=config)]
+        used = {given["adapter"] for _, given in found if given.get("adapter")}
+        return sorted(book for book, _ in found if "_align_" in book), used, [given for _, given in found]
+
+    try:
+        shown, used, given = books()
+        assert used == {f"data/adapters/smollm2-135m/role_play/{arm}/0" for arm in ("dpo", "grpo")}
+        # What is left of the training is its demonstration, with the notebooks' own few steps.
+        assert len(shown) == 2 and {"runs/mine/demonstration/dpo", "runs/mine/demonstration/grpo"} <= {
+            each["out"] for each in given if "out" in each
+        }
+        ours = {f"runs/mine/adapters/role_play/smollm2-135m/{arm}-0" for arm in ("dpo", "grpo")}
+        assert books("adapters=train")[1] == ours
+        content["notebooks"]["02_align_dpo"] = content["notebooks"].get("02_align_dpo", {}) | {"beta": 0.3}
+        profile.write_text(yaml.safe_dump(content))
+        # Of other settings it is another adapter.
+        assert books()[1] == {"data/adapters/smollm2-135m/role_play/grpo/0", min(ours)}
+    finally:
+        shutil.rmtree(finished / "data/adapters")
 
 
 def test_a_conditions_own_settings_rerun_its_jobs_alone(finished, tmp_path):

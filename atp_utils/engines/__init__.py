@@ -1,8 +1,8 @@
 """Who answers a notebook's requests: the model in this process, or servers that speak OpenAI's protocol.
 
 A server answers with the weights that it was started with, so there an arm is chosen by name: the base model is asked
-for by its own, an aligned arm as ``SCENARIO-ARM`` (``role_play-dpo``), unless ``names`` says otherwise. In the
-decisions the model keeps its own name, and the arm its column.
+for by its own, an aligned arm as ``SCENARIO-ARM`` (``role_play-dpo``; its training of seed 1 as ``role_play-dpo-1``),
+unless ``names`` says otherwise. In the decisions the model keeps its own name, and the arm its column.
 """
 
 from pathlib import Path
@@ -60,13 +60,15 @@ class Servers(BaseModel):
             # Where a key may be put by mistake: no error repeats what stands there.
             raise ValueError(f"servers: {files.explain(error, quoted=False)}") from None
 
-    def name_of(self, model: str, scenario: str, arm: str) -> str:
+    def name_of(self, model: str, scenario: str, arm: str, training_seed: int = 0) -> str:
         """What the servers call the weights of an arm."""
-        own = "base" if arm == "base" else f"{scenario}-{arm}"
+        own = "base" if arm == "base" else f"{scenario}-{arm}" + (f"-{training_seed}" if training_seed else "")
         return self.names.get(own, model if arm == "base" else own)
 
 
-def open_engine(model: str, scenario: str, arm: str, adapter: str, servers: str, out: Path, **settings: Any) -> Engine:
+def open_engine(
+    model: str, scenario: str, arm: str, adapter: str, servers: str, out: Path, training_seed: int = 0, **settings: Any
+) -> Engine:
     """The engine for one arm of ``model``, whose replies are journalled in the folder ``out``.
 
     ``servers`` is the parameter of that name, ``settings`` are those of `TransformersEngine`. Servers are asked what
@@ -85,7 +87,7 @@ def open_engine(model: str, scenario: str, arm: str, adapter: str, servers: str,
         from atp_utils.engines.transformers_engine import TransformersEngine
 
         return TransformersEngine(model, adapter or None, **settings)
-    name = served.name_of(model, scenario, arm)
+    name = served.name_of(model, scenario, arm, training_seed)
     if adapter:
         raise ValueError(
             f"adapter {adapter!r} together with servers: a server answers with the weights that it was started with. "

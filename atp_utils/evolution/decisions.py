@@ -89,13 +89,14 @@ class Decision:
 _DTYPES = {str: "string", int: "Int64", float: "Float64", bool: "boolean"}
 
 
-def to_frame(decisions: Iterable[Decision], *, model: str, arm: str) -> pd.DataFrame:
-    """The tidy table: one row a decision, `Decision`'s columns behind ``model`` and ``arm``.
+def to_frame(decisions: Iterable[Decision], *, model: str, arm: str, training_seed: int = 0) -> pd.DataFrame:
+    """The tidy table: one row a decision, `Decision`'s columns behind ``model``, ``arm`` and ``training_seed``.
 
     Nullable dtypes keep a missing value distinct from False and 0.
     """
     dtypes = {field.name: _DTYPES[(get_args(field.type) or (field.type,))[0]] for field in fields(Decision)}
     frame = pd.DataFrame([vars(decision) for decision in decisions], columns=list(dtypes)).astype(dtypes)
+    frame.insert(0, "training_seed", pd.Series(training_seed, index=frame.index, dtype="Int64"))
     frame.insert(0, "arm", pd.Series(arm, index=frame.index, dtype="string"))
     frame.insert(0, "model", pd.Series(model, index=frame.index, dtype="string"))
     return frame

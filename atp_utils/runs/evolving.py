@@ -43,7 +43,7 @@ class Evolving:
             progress.bar(total, f"{scenario.name} {given.arm}") as bar,
         ):
             rows = loop.run(episodes, self.engine, record, bar)
-            table = decisions.to_frame(rows, model=given.model, arm=given.arm)
+            table = decisions.to_frame(rows, model=given.model, arm=given.arm, training_seed=given.training_seed)
             facts = {name: fact() if callable(fact) else fact for name, fact in facts.items()}
             record.finish(table, run.settings, self.engine.identity, **facts)
         return table
@@ -60,8 +60,9 @@ def begin(scenario: str, namespace: Mapping[str, Any]) -> Evolving:
     if folders.check(run.out, run.marker, overwrite=given.overwrite) != run.marker:
         folders.claim(run.out, run.marker, overwrite=True, append=True)
         remove_derived(run.out)
+    weights = (given.model, scenario, given.arm, given.adapter, given.servers, run.out, given.training_seed)
     settings = {"dtype": given.dtype, "batch_tokens": given.batch_tokens, "cache_bytes": given.cache_gb * 1e9}
-    engine = open_engine(given.model, scenario, given.arm, given.adapter, given.servers, run.out, **settings)
+    engine = open_engine(*weights, **settings)
     return Evolving(run, engine, given.protocol_of(), items)
 
 

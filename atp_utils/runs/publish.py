@@ -1,7 +1,7 @@
 """``python -m atp_utils.runs.publish RUN FOLDER``: copy a profile's complete runs to where results are recorded.
 
 The record is built beside the folder and takes its place when it is whole. Decisions, raw replies (compressed), test
-prompts, training logs and manifests are copied; no weights.
+prompts, training logs and manifests are copied; no weights: small adapters go to a folder of their own.
 """
 
 import argparse
@@ -13,10 +13,10 @@ from pathlib import Path
 
 from atp_utils import resolve, shown
 from atp_utils.evolution.journal import DECISIONS, REPLIES
+from atp_utils.runs import adapters
+from atp_utils.runs.adapters import LOG
 from atp_utils.support import files, folders
 from atp_utils.support.manifest import MANIFEST
-
-LOG = "training_log.csv"
 
 
 def publish(run: Path, target: Path, overwrite: bool = False) -> list[Path]:
@@ -67,14 +67,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m atp_utils.runs.publish", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", help="a profile's folder, e.g. runs/laptop")
     parser.add_argument("folder", help="where the record goes, e.g. data/results/quick")
+    parser.add_argument("--adapters", default=str(adapters.PUBLISHED), help="where small adapters go")
     parser.add_argument("--overwrite", action="store_true", help="also if the record there holds what RUN lacks")
     options = parser.parse_args(arguments)
     try:
         names = publish(resolve(options.run), resolve(options.folder), options.overwrite)
+        weights = adapters.publish(resolve(options.run), Path(options.adapters))
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(names)} files in {shown(options.folder)}")
+    print(f"{len(names)} files in {shown(options.folder)}, {len(weights)} adapters in {options.adapters}")
     return 0
 
 

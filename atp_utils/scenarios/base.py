@@ -68,6 +68,7 @@ class Evolution(Parameters):
 
     model: Text = option("smollm2-135m", "name of an embedded model, Hugging Face id, or folder")
     arm: Arm = option("base", "base, or how the model was aligned")
+    training_seed: Natural = option(0, "which training of the arm: the seed of its adapter")
     adapter: str = option("", "folder of the adapter that notebook 2 or 3 trained; empty for base, and with servers")
     servers: str = option("", "servers that answer instead: addresses with commas between, or a YAML file")
     data: Text = option("data", "folder of the prompts that notebook 1 wrote")

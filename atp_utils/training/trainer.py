@@ -28,8 +28,10 @@ from trl.import_utils import is_vllm_available
 from atp_utils import models, parameters, shown
 from atp_utils.models import weights_memory
 from atp_utils.models.chat_template import turn_end
+from atp_utils.models.digests import sha256
 from atp_utils.models.precisions import precision
 from atp_utils.runs import PLACE, Run
+from atp_utils.runs.adapters import LOG, WEIGHTS
 from atp_utils.scenarios.registry import SCENARIOS, source
 from atp_utils.support import files, folders, progress
 from atp_utils.support.code_digest import PACKAGE, code_of
@@ -37,7 +39,7 @@ from atp_utils.support.manifest import MANIFEST, made_by
 from atp_utils.training import collapse, launch
 from atp_utils.training.exact_trainers import ExactDPOTrainer, ExactGRPOTrainer
 
-LOG, UNCHECKED, ORIGIN = "training_log.csv", "unchecked_log.csv", "origin.json"
+UNCHECKED, ORIGIN = "unchecked_log.csv", "origin.json"
 CHECKPOINTS, LAUNCHED, TASK, OUTPUT = "checkpoints", "launched", "launched/task.json", "launched/output.log"
 # TRL's names, and ours, of what the notebooks plot.
 CURVES = {
@@ -119,7 +121,8 @@ def adapter(run: Run, method: str, rows: list[dict]) -> pd.DataFrame:
     # are those of the training, which may be older than the code that asks.
     origin = json.loads((out / ORIGIN).read_text(encoding="utf-8"))
     facts = {"settings": run.settings, "training": settings, "rows": len(rows), "steps": int(log["step"].iloc[-1])}
-    files.write_json(out / MANIFEST, facts | origin)
+    weights = {"sha256": sha256(out / WEIGHTS)}
+    files.write_json(out / MANIFEST, facts | weights | origin)
     for used in (CHECKPOINTS, LAUNCHED):
         shutil.rmtree(out / used, ignore_errors=True)
     return log

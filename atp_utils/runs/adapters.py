@@ -1,0 +1,99 @@
+"""Adapters that are published with the repository: taken where their settings are those asked for, and written.
+
+Below `PUBLISHED` each has a folder MODEL/SCENARIO/ARM/SEED: weights and configuration as PEFT reads them, manifest and
+log of the training, and a model card.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from atp_utils import resolve, shown
+from atp_utils.parameters import EVOLVE
+from atp_utils.support import files, folders
+from atp_utils.support.files import as_folder
+from atp_utils.support.manifest import MANIFEST
+
+PUBLISHED = Path("data/adapters")
+WEIGHTS, CONFIG, LOG, CARD = "adapter_model.safetensors", "adapter_config.json", "training_log.csv", "README.md"
+LARGEST = 2 << 20  # bytes of weights; what is larger belongs on a model hub
+# Where a training took place, and what was asked of its result: `runs.PLACE`, and the prompts' folder.
+ANY = {"out", "overwrite", "servers", "launcher", "min_mass", "data", "seed", "scenario", "model"}
+
+
+def folder(model: str, scenario: str, arm: str, seed: int, root: Path = PUBLISHED) -> Path:
+    """The folder of an adapter below ``root``."""
+    return root / as_folder(model) / scenario / arm / str(seed)
+
+
+def published(
+    model: str, scenario: str, arm: str, seed: int, settings: Mapping[str, Any], root: Path = PUBLISHED
+) -> str:
+    """The folder of the published adapter that was trained with ``settings``, a training's parameters; else ""."""
+    place = folder(model, scenario, arm, seed, root)
+    manifest = resolve(place) / MANIFEST
+    if not manifest.is_file() or not (resolve(place) / WEIGHTS).is_file():
+        return ""
+    before = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+    return str(place) if _deciding(before) == _deciding(settings) else ""
+
+
+def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in ANY}
+
+
+def publish(run: Path, root: Path = PUBLISHED) -> list[Path]:
+    """Publish the complete adapters below ``run/adapters`` that are small enough; returns their folders.
+
+    An adapter that was published before takes the new one's place, or leaves it. Raises FileExistsError for a folder
+    that isn't ours.
+    """
+    done = []
+    for manifest in folders.below(run / "adapters", MANIFEST):
+        trained, facts = manifest.parent, json.loads(manifest.read_text(encoding="utf-8"))
+        if (trained / WEIGHTS).stat().st_size > LARGEST:
+            continue
+        given, method = facts["settings"], facts["training"]["method"]
+        target = resolve(folder(given["model"], given["scenario"], method, given["seed"], root))
+        folders.holds(target, "adapters")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".publishing-") as scratch:
+            built = folders.claim(Path(scratch) / "adapter", {"adapter": facts["sha256"]})
+            for name in (WEIGHTS, CONFIG, LOG, MANIFEST):
+                shutil.copyfile(trained / name, built / name)
+            files.write_text(built / CARD, card(facts, pd.read_csv(trained / LOG), shown(target)))
+            if target.exists():
+                target.replace(Path(scratch) / "before")
+            built.replace(target)
+        done.append(target)
+    return done
+
+
+def card(facts: Mapping[str, Any], log: pd.DataFrame, place: str) -> str:
+    """The model card of an adapter: what it is, how it was made, how it is used, and what it isn't."""
+    given, last, arm = facts["settings"], log.iloc[-1], facts["training"]["method"]
+    scenario, model = given["scenario"], given["model"]
+    ends = ", ".join(f"{name} {last[name]:.3g}" for name in log.columns if name != "step")
+    shape = f"rank {given['lora_rank']}, alpha {given['lora_alpha']:g}, {given['lora_targets']}"
+    return f"""---
+base_model: {model}
+library_name: peft
+license: apache-2.0
+---
+
+# {scenario}, {arm.upper()}, seed {given["seed"]}, of {model}
+
+A LoRA adapter ({shape}) that was trained to keep to the rules of {scenario}'s training prompts, without any history:
+{facts["steps"]} steps on {facts["rows"]} rows. The last step's log: {ends} (`{LOG}`). `{MANIFEST}` has all parameters,
+packages and the commit. SHA-256 of the weights: `{facts["sha256"]}`.
+
+    python -m atp_utils.run notebooks/{EVOLVE[scenario]}.ipynb out.ipynb -p model {model} -p arm {arm} \\
+        -p adapter {place}
+
+Made for measuring how such training erodes: it makes no model safe.
+"""

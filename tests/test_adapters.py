@@ -1,0 +1,76 @@
+"""Adapters that are published: which are, what lies with them, and when one is taken."""
+
+import json
+
+import pytest
+from test_folders import contents
+
+from atp_utils import parameters
+from atp_utils.runs import adapters
+from atp_utils.support.manifest import MANIFEST
+
+GIVEN = parameters.check("02_align_dpo", {"model": "a/b", "seed": 3}).model_dump(mode="json")
+
+
+def trained(run, *, size=10, seed=3, weights=b"w"):
+    place = run / f"adapters/role_play/a--b/dpo-{seed}"
+    place.mkdir(parents=True)
+    (place / adapters.WEIGHTS).write_bytes(weights * size)
+    (place / adapters.CONFIG).write_text("{}")
+    (place / adapters.LOG).write_text("step,loss,margin\n1,0.7,0.1\n2,0.5,1.25\n")
+    facts = {"settings": GIVEN | {"seed": seed}, "training": {"method": "dpo"}, "rows": 320, "steps": 2, "sha256": "ab"}
+    (place / MANIFEST).write_text(json.dumps(facts))
+    return place
+
+
+@pytest.fixture
+def run(tmp_path):
+    trained(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_published_adapter_has_weights_log_manifest_and_card(run, tmp_path):
+    [place] = adapters.publish(run, tmp_path / "published")
+    assert place == tmp_path / "published/a--b/role_play/dpo/3"
+    names = {".atp.json", adapters.WEIGHTS, adapters.CONFIG, adapters.LOG, adapters.CARD, MANIFEST}
+    assert {path.name for path in place.iterdir()} == names
+    card = (place / adapters.CARD).read_text()
+    assert "2 steps on 320 rows" in card and "loss 0.5, margin 1.25" in card and "`ab`" in card
+
+
+def test_what_is_large_stays_where_it_is(run, tmp_path, monkeypatch):
+    trained(run, size=11, seed=4)
+    monkeypatch.setattr(adapters, "LARGEST", 10)
+    assert [place.name for place in adapters.publish(run, tmp_path / "published")] == ["3"]
+
+
+def test_another_training_takes_the_place_of_what_was_published(run, tmp_path):
+    [place] = adapters.publish(run, tmp_path / "published")
+    before = contents(place)
+    assert adapters.publish(run, tmp_path / "published") == [place] and contents(place) == before
+    (run / "adapters/role_play/a--b/dpo-3" / adapters.WEIGHTS).write_bytes(b"new")
+    adapters.publish(run, tmp_path / "published")
+    assert (place / adapters.WEIGHTS).read_bytes() == b"new"
+    assert [path.name for path in place.parent.iterdir()] == ["3"]
+
+
+def test_a_users_folder_is_left(run, tmp_path):
+    mine = tmp_path / "published/a--b/role_play/dpo/3"
+    mine.mkdir(parents=True)
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="wasn't made by this project"):
+        adapters.publish(run, tmp_path / "published")
+    assert contents(mine) == {"thesis.txt": b"years of work"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [({}, True), ({"out": "else", "data": "else", "launcher": "x"}, True), ({"beta": 0.2}, False)],
+)
+def test_it_is_taken_for_the_settings_that_it_was_trained_with(run, tmp_path, changes, taken):
+    [place] = adapters.publish(run, tmp_path / "published")
+    found = adapters.published("a/b", "role_play", "dpo", 3, GIVEN | changes, tmp_path / "published")
+    assert found == (str(place) if taken else "")
+    assert not adapters.published("a/b", "role_play", "dpo", 4, GIVEN, tmp_path / "published")
+    (place / adapters.WEIGHTS).unlink()
+    assert not adapters.published("a/b", "role_play", "dpo", 3, GIVEN, tmp_path / "published")
