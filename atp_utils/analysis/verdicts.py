@@ -46,7 +46,7 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
         differences = (changes[STANDARD] - changes[CONTROL]).dropna().astype(float)
         mean, error, freedom = stats.estimate(differences, *stats.levels(differences))
         ends = stats.interval(differences, *stats.levels(differences), proportion=False)
-        mass = group.groupby(["condition", "round"], observed=True)["mass"].mean().min()
+        mass = group.groupby(["condition", "round"], observed=True)["mass"].mean().astype(float).min()
         means = (float(change.mean()) if len(change) else np.nan for change in changes.values())
         rows.append((*key, *means, mean, *ends, two_sided(mean, error, freedom), mass, same(mean, error, freedom)))
     names = [*KEYS, "standard", "control", "contrast", "low", "high", "p", "mass", "same"]
