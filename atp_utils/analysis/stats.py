@@ -110,10 +110,16 @@ def value_of(decisions: pd.DataFrame) -> str:
 
 
 def low_mass(decisions: pd.DataFrame) -> str:
-    """Where P(deviate) rests on answers with a mean probability below `LEAST_MASS`: arms and rounds, or ""."""
-    means = decisions.groupby(["arm", "round"], observed=True)["mass"].mean().astype(float)
+    """Where P(deviate) rests on answers with a mean probability below `LEAST_MASS`, or "".
+
+    Arms and rounds, each other condition than the standard one by its name.
+    """
+    means = decisions.groupby(["condition", "arm", "round"], observed=True)["mass"].mean().astype(float)
     low = means[means < LEAST_MASS].reset_index()
-    parts = [f"{arm} r={', '.join(map(str, rows['round']))}" for arm, rows in low.groupby("arm")]
+    parts = [
+        f"{arm}{'' if condition == 'standard' else f' in {condition}'} r={', '.join(map(str, rows['round']))}"
+        for (condition, arm), rows in low.groupby(["condition", "arm"])
+    ]
     return f"both answers together below {LEAST_MASS:.0%}: {'; '.join(parts)}" if parts else ""
 
 
