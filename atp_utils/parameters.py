@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from atp_utils import resolve
 from atp_utils.engines import Servers
@@ -232,8 +241,8 @@ class Profile(BaseModel):
     """One file of ``profiles/``: which models, arms, scenarios and conditions, and the parameters of every notebook.
 
     ``notebooks`` maps a notebook to its parameters; those of ``notebook/part`` are for one scenario (training) or one
-    condition (evolution). ``models`` maps each model to what it has otherwise, in the same form. A scenario that
-    ``conditions`` doesn't name has the standard one.
+    condition (evolution) that is run. ``models`` maps each model to what it has otherwise, in the same form. A scenario
+    that ``conditions`` doesn't name has the standard one.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -242,6 +251,18 @@ class Profile(BaseModel):
     scenarios: Annotated[list[ScenarioName], Field(min_length=1), Distinct]
     conditions: Annotated[Conditions, AfterValidator(_conditions)] = {}
     notebooks: Settings
+
+    @model_validator(mode="after")
+    def _evolutions_can_be_run(self):
+        for scenario, notebook in EVOLVE.items():
+            listed = [f"{notebook}/{condition}" for condition in self.conditions.get(scenario, ["standard"])]
+            for key in (key for settings in (self.notebooks, *self.models.values()) for key in settings):
+                if key.startswith(f"{notebook}/") and key not in listed:
+                    raise ValueError(f"{key}: conditions doesn't list it for {scenario}, so nothing would look for it")
+        for scenario, condition in self.evolutions:
+            for model in self.models:
+                check(EVOLVE[scenario], self.given(EVOLVE[scenario], condition, model) | {"condition": condition})
+        return self
 
     @property
     def evolutions(self) -> list[tuple[str, str]]:

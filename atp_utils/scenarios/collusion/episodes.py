@@ -36,6 +36,10 @@ class Evolution(base.Evolution):
     def _can_be_played(self):
         if self.fixed_colluders >= self.agents:
             raise ValueError(f"fixed_colluders must lie in 0..{self.agents - 1}, got {self.fixed_colluders}")
+        played_only = {"fixed_colluders": 0, "visibility": "choices"}
+        for name, value in played_only.items() if self.condition == "forced_history" else ():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} must be {value!r} behind written rounds, got {getattr(self, name)!r}")
         return self
 
 
