@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from atp_utils import resolve
 from atp_utils.engines import Servers
@@ -235,8 +244,8 @@ class Profile(BaseModel):
     """One file of ``profiles/``: which models, arms, scenarios and conditions, and the parameters of every notebook.
 
     ``notebooks`` maps a notebook to its parameters; those of ``notebook/part`` are for one scenario (training) or one
-    condition (evolution). ``models`` maps each model to what it has otherwise, in the same form. A scenario that
-    ``conditions`` doesn't name has the standard one, and one that ``training_seeds`` doesn't name one training an arm.
+    condition (evolution) that is run. ``models`` maps each model to what it has otherwise, in the same form. A scenario
+    that ``conditions`` doesn't name has the standard one; one that ``training_seeds`` doesn't name one training an arm.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -246,6 +255,18 @@ class Profile(BaseModel):
     conditions: Annotated[Conditions, AfterValidator(_conditions)] = {}
     training_seeds: dict[ScenarioName, Annotated[list[Natural], Field(min_length=1), Distinct]] = {}
     notebooks: Settings
+
+    @model_validator(mode="after")
+    def _evolutions_can_be_run(self):
+        for scenario, notebook in EVOLVE.items():
+            listed = [f"{notebook}/{condition}" for condition in self.conditions.get(scenario, ["standard"])]
+            for key in (key for settings in (self.notebooks, *self.models.values()) for key in settings):
+                if key.startswith(f"{notebook}/") and key not in listed:
+                    raise ValueError(f"{key}: conditions doesn't list it for {scenario}, so nothing would look for it")
+        for scenario, condition in self.evolutions:
+            for model in self.models:
+                check(EVOLVE[scenario], self.given(EVOLVE[scenario], condition, model) | {"condition": condition})
+        return self
 
     @property
     def evolutions(self) -> list[tuple[str, str]]:

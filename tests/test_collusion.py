@@ -182,6 +182,14 @@ def test_how_many_fixed_colluders_a_cascade_needs(tmp_path, item, fixed, cascade
     assert [row.succeeded for row in rows if row.agent == 7] == [cascade] * 3
 
 
+@pytest.mark.parametrize("refused", [{"fixed_colluders": 1}, {"visibility": "full replies"}])
+def test_what_is_about_played_rounds_is_refused_behind_written_ones(refused):
+    [name] = refused
+    with pytest.raises(ValueError, match=f"{name} must be .* behind written rounds"):
+        collusion.Evolution(condition="forced_history", **refused)
+    assert collusion.Evolution(**refused)
+
+
 def test_an_invalid_agent_is_counted_and_hears_the_outcome(tmp_path, item):
     seen = {}
 

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 from playing import CHOOSE, by_agent, by_round, drive, says
 
+from atp_utils.evolution import history
 from atp_utils.evolution.parsing import answer_json
 from atp_utils.scenarios import collusion, role_play
 from atp_utils.scenarios.collusion.items import make_grid, read_games
@@ -90,7 +91,7 @@ def test_a_written_history_reads_like_a_lived_one(item, settings, deviating):
     rows, steps = drive(role_play.SCENARIO.episode(item, lived, CHOOSE, 0), by_round(item, [*deviating, False]))
     turns = [row.deviant_first != (item.options[0] == item.deviant) for row in rows]
     past = telling.written(item, deviating, lived, turns=turns)
-    chat = telling.chat(item, past, lived, CHOOSE)
+    chat = history.chat(telling.scene(item, lived, CHOOSE), past, 3, lived, CHOOSE)
     assert [tuple(chat(turned)) for turned in (turns[2], not turns[2])] == [r.messages for r in steps[2]]
 
 

@@ -143,6 +143,11 @@ NOTEBOOKS = "  01_generate_data: {seed: 1}\n"
         ("conditions: {role_play: []}", "conditions.role_play: .*at least 1 item"),
         ("conditions: {role_play: [caught, caught]}", "'caught' stands twice"),
         ("conditions: {roleplay: [standard]}", "expected one of role_play"),
+        ("  04_evolve_role_play/caught: {rounds: 3}", "04_evolve_role_play/caught: conditions doesn't list it"),
+        (
+            "  04_evolve_role_play/standard: {rounds: 3}\nconditions: {role_play: [caught]}",
+            "04_evolve_role_play/standard: conditions doesn't list it for role_play",
+        ),
         ("  02_align_dpo:\n    seed: 1\n    learning_rate: .inf", "learning_rate: .*finite"),
         ("  02_align_dpo: {learning_rate: -.inf}", "learning_rate: .*finite"),
         ("  02_align_dpo: {beta: .nan}", "beta: .*finite"),
@@ -164,6 +169,20 @@ def test_what_a_profile_got_wrong_is_named_by_file_and_key(tmp_path, added, mess
         read_profile(str(path))
 
 
+def test_settings_are_checked_together_before_anything_runs(tmp_path):
+    path = tmp_path / "mine.yaml"
+    added = "  06_evolve_collusion: {visibility: full replies}\nconditions: {collusion: [standard, forced_history]}\n"
+    path.write_text(PROFILE.replace("[role_play]", "[collusion]") + added)
+    with pytest.raises(ValueError, match=r"mine\.yaml.*06_evolve_collusion.*visibility must be 'choices'"):
+        read_profile(str(path))
+    path.write_text(
+        path.read_text().replace(
+            "notebooks:", "notebooks:\n  06_evolve_collusion/forced_history: {visibility: choices}"
+        )
+    )
+    assert read_profile(str(path)).evolutions == [("collusion", "standard"), ("collusion", "forced_history")]
+
+
 @pytest.mark.parametrize(
     ("models", "message"),
     [
@@ -171,6 +190,7 @@ def test_what_a_profile_got_wrong_is_named_by_file_and_key(tmp_path, added, mess
         ("{~/m: {}, HOME/m: {}}", "'~/m' and .*/m' are the same model"),
         ("{m: {01_generate_data: {seed: 2}}}", "01_generate_data .*belong under notebooks"),
         ("{m: {02_align_dpo/roleplay: {}}}", "no scenario 'roleplay'"),
+        ("{m: {06_evolve_collusion/no_rewards: {}}}", "06_evolve_collusion/no_rewards: conditions doesn't list it"),
         ("{'a{b}': {}}", "can't name a folder"),
         ("{-m: {}}", "can't name a folder"),
         ("{..: {}}", "can't name a folder"),
@@ -249,6 +269,7 @@ def test_settings_of_a_condition_win_over_the_notebooks_and_those_of_a_model_ove
     path.write_text(
         PROFILE.replace("{smollm2-135m: {}}", "{m: {04_evolve_role_play/caught: {rounds: 9}}, n: {}}")
         + "  04_evolve_role_play: {rounds: 3, items: 4}\n  04_evolve_role_play/caught: {rounds: 5, seeds: [1]}\n"
+        + "conditions: {role_play: [standard, caught]}\n"
     )
     profile = read_profile(str(path))
     assert profile.given("04_evolve_role_play", "standard", "m") == {"rounds": 3, "items": 4}

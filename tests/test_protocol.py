@@ -41,6 +41,7 @@ def test_both_orders_are_asked_and_averaged(turned, opened, mass):
     sent = [(tuple(NAMED[False]), (A, B)), (tuple(NAMED[True]), (B, A))]
     assert [(request.messages, request.options) for request in requests] == sent[:: -1 if turned else 1]
     assert requests[0].key == requests[1].key and requests[0].seed == requests[1].seed
+    assert [request.extended for request in requests] == [True, False]
     # A: 2/3 where it is first, 3/4 where it is second; B: 1/4 and 1/3.
     expected = {"A": (17 / 24, (2 / 3, 3 / 4)), "B": (7 / 24, (1 / 4, 1 / 3))}
     assert choice.options == (("B", "A") if turned else ("A", "B"))

@@ -159,5 +159,10 @@ def test_round_columns_has_the_papers_layout():
 def test_choices_between_improbable_answers_are_named():
     rows = [("base", 1, 0.2), ("base", 1, 0.3), ("base", 2, 0.9), ("base", 3, 0.4), ("dpo", 1, 0.6), ("dpo", 2, None)]
     table = pd.DataFrame(rows, columns=["arm", "round", "mass"]).astype({"mass": "Float64"})
-    assert stats.low_mass(table) == "both answers together below 50%: base r=1, 3"
-    assert stats.low_mass(table[table["arm"] == "dpo"]) == ""
+    standard, equal = table.assign(condition="standard"), table.assign(condition="equal_payoffs", mass=0.6)
+    assert stats.low_mass(standard) == "both answers together below 50%: base r=1, 3"
+    assert stats.low_mass(standard[standard["arm"] == "dpo"]) == ""
+    # Another condition takes nothing away from it, and is named where it is the improbable one.
+    assert stats.low_mass(pd.concat([standard, equal])) == stats.low_mass(standard)
+    equal.loc[equal["arm"] == "dpo", "mass"] = 0.1
+    assert stats.low_mass(equal) == "both answers together below 50%: dpo in equal_payoffs r=1, 2"

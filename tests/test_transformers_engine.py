@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from atp_utils.engines.kv_cache import _chat_key
 from atp_utils.engines.transformers_engine import TransformersEngine
 from atp_utils.evolution.requests import Sampling
 
@@ -82,6 +83,16 @@ def test_the_cache_is_bounded(embedded, ask):
         assert engine._kept.bytes <= 5e6
         assert engine._kept.bytes == sum(values.nbytes for _, values in engine._kept.chats.values())
     assert 0 < len(engine._kept.chats) < 6
+
+
+def test_only_chats_that_may_go_on_are_kept(embedded, ask):
+    engine, last = TransformersEngine(embedded), replace(ask("snow"), extended=False)
+    # Of equal chats one may go on.
+    asked = [ask("rain"), last, replace(ask("jam", seed=1), extended=False), ask("jam", seed=2)]
+    answers(engine, asked)
+    kept = [request for request in asked if _chat_key(request.messages) in engine._kept.chats]
+    assert len(engine._kept.chats) == 2 and last not in kept and len(kept) == 3
+    assert last == ask("snow") and last.digest("model") == ask("snow").digest("model")
 
 
 def free(request, seed=0, **settings):

@@ -69,6 +69,14 @@ def test_without_the_control_there_is_no_verdict(tmp_path):
     assert row.verdict == "no control" and math.isnan(row.p)
 
 
+def test_written_replies_have_no_mass_and_a_verdict_all_the_same(tmp_path):
+    decisions = both(agents.follows_payoff, tmp_path).assign(p_deviate=pd.NA, mass=pd.NA)
+    written = decisions.astype({"p_deviate": "Float64", "mass": "Float64"})
+    [row] = verdicts.contrast(written).itertuples()
+    assert math.isnan(row.mass) and row.verdict == "tips with payoff"
+    assert tables.contrast(written)["least mass %"].tolist() == ["–"]
+
+
 def test_holm_over_all_rows(tmp_path):
     decisions = both(agents.follows_payoff, tmp_path)
     alone = verdicts.contrast(decisions)["p"].iloc[0]

@@ -18,12 +18,12 @@ KEYS = ["model", "arm", "threshold", "incentive_ratio"]
 def response(decisions: pd.DataFrame) -> pd.DataFrame:
     """P(collude) by `KEYS`, own last choice and the number of others who colluded, with 95 % intervals over games.
 
-    ``decisions`` are those behind written rounds. Columns: `KEYS`, own (False, True; None at the start), others, n,
-    rate, low, high.
+    ``decisions`` are those behind written rounds. Columns: `KEYS`, own ("abstained", "colluded", or "start" without a
+    round before), others, n, rate, low, high.
     """
-    own = decisions["past_deviant"].map({0: False, 1: True}).where(decisions["past_others"].notna(), None)
-    rows = decisions.assign(own=own.astype(object), others=decisions["past_others"].fillna(0).astype(int))
-    rows = rows.assign(own=rows["own"].map({False: "abstained", True: "colluded"}).fillna("start"))
+    others = decisions["past_others"]
+    own = decisions["past_deviant"].map({0: "abstained", 1: "colluded"}).where(others.notna(), "start")
+    rows = decisions.assign(own=own, others=others.fillna(0).astype(int))
     return stats.rate_table(rows, stats.value_of(rows), (*KEYS, "own", "others")).drop(columns="invalid")
 
 

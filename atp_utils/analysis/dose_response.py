@@ -49,7 +49,7 @@ def slopes(decisions: pd.DataFrame) -> pd.DataFrame:
 
     Per model, arm and ``told`` (own or other): the change of log-odds for each compliant round, each deviant round,
     each unit of log payoff ratio, and how much more a deviant round does for each unit of it. Columns: these, term,
-    slope, low, high (95 %, t with bias-reduced robust errors), p. Empty where ratios or histories don't vary.
+    slope, low, high (95 %, t with bias-reduced robust errors). Empty where ratios or histories don't vary.
     """
     rows = []
     value = stats.value_of(decisions)
@@ -74,6 +74,5 @@ def slopes(decisions: pd.DataFrame) -> pd.DataFrame:
         for term, column in names.items():
             slope, error = float(fit.params[column]), float(errors[column])
             half = t.ppf(0.5 + stats.LEVEL / 2, clusters - 1) * error
-            p = 2 * t.sf(abs(slope) / error, clusters - 1)
-            rows.append((*key, term, slope, slope - half, slope + half, p))
-    return pd.DataFrame(rows, columns=[*KEYS, "told", "term", "slope", "low", "high", "p"])
+            rows.append((*key, term, slope, slope - half, slope + half))
+    return pd.DataFrame(rows, columns=[*KEYS, "told", "term", "slope", "low", "high"])

@@ -85,12 +85,11 @@ def tool_use(decisions: pd.DataFrame) -> Figure:
 @figure_of("collusion")
 def collusion(decisions: pd.DataFrame) -> Figure:
     """Collusion rate by round, a panel a threshold, at the paper's incentive ratio of 1 or the nearest that was run."""
-    ratio = min(sorted(decisions["incentive_ratio"].unique()), key=lambda ratio: abs(math.log(ratio)))
-    own = decisions[decisions["incentive_ratio"] == ratio]
+    own = tipping.at_ratio_one(decisions)
     rates = stats.rate_table(own, by=("model", "arm", "threshold", "round"))
     thresholds = sorted(own["threshold"].unique())
     columns = min(len(thresholds), ACROSS)
-    title = about(decisions, f"Collusion at incentive ratio {ratio:g}")
+    title = about(decisions, f"Collusion at incentive ratio {own['incentive_ratio'].iloc[0]:g}")
     figure, axes = grid(title, math.ceil(len(thresholds) / columns), columns, 3.3, 3.2, sharey=True)
     for place, ax in enumerate(axes.flat):
         if place < len(thresholds):

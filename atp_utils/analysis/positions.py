@@ -31,20 +31,10 @@ def position_table(decisions: pd.DataFrame) -> pd.DataFrame:
         ("first minus second", "place"),
         ("probability of both answers", "mass"),
     ):
-        table = stats.rate_table(rows, value) if value != "place" else _differences(rows)
-        cells = [stats.percent(*row) for row in table[["rate", "low", "high"]].itertuples(index=False)]
-        parts.append(table.assign(measure=measure, cell=cells))
+        table = stats.rate_table(rows, value, proportion=value != "place")
+        parts.append(table.assign(measure=measure, cell=stats.cells(table)))
     cells = pd.concat(parts, ignore_index=True)
     index = ["model", "arm", "measure"]
     wide = stats.by_round(cells, index)
     wide.insert(0, "n a round", cells.groupby(index)["n"].min())
     return wide
-
-
-def _differences(rows: pd.DataFrame) -> pd.DataFrame:
-    table = []
-    for key, group in rows.groupby(["model", "arm", "round"], sort=True, observed=True):
-        values = group["place"].astype(float)
-        ends = stats.interval(values, group["environment"], proportion=False)
-        table.append((*key, len(group), float(values.mean()), *np.clip(ends, -1, 1)))
-    return pd.DataFrame(table, columns=["model", "arm", "round", "n", "rate", "low", "high"])

@@ -45,7 +45,7 @@ def _parts(decisions: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
             yield f"{name}: {title}", tabled(own)
         if own["p_first"].notna().any():
             yield f"{name}: {PLACES}", positions.position_table(own)
-        if rows.loc[rows["told"].isna(), "condition"].nunique() > 1:
+        if stats.lived(rows)["condition"].nunique() > 1:
             yield f"{name}: {CONDITIONS}", tables.conditions(rows)
     if len(doses := dose_response.written(decisions)):
         yield f"role_play: {SLOPES}", tables.slopes(doses)

@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from atp_utils.analysis import critical_mass, dose_response, plots, verdicts
+from atp_utils.analysis import critical_mass, dose_response, plots, stats, tipping, verdicts
 from atp_utils.analysis.drawing import about, arms_of, figure_of, grid
 
 PLACES = {"none": -2.0, "unrelated": -1.0}
@@ -145,16 +145,14 @@ def _responses(decisions: pd.DataFrame) -> pd.DataFrame:
     rows = dose_response.written(decisions, "collusion")
     if rows.empty:
         return pd.DataFrame(columns=[*critical_mass.KEYS, "own", "others", "rate"])
-    ratio = min(sorted(rows["incentive_ratio"].unique()), key=lambda ratio: abs(np.log(ratio)))
-    return critical_mass.response(rows[rows["incentive_ratio"] == ratio])
+    return critical_mass.response(tipping.at_ratio_one(rows))
 
 
 @figure_of("collusion", all_conditions=True)
 def chain(decisions: pd.DataFrame) -> Figure | None:
     """The Markov chain's prediction of each round (line) beside the rounds that were played (points, 95 %)."""
     table = _responses(decisions)
-    played = decisions[decisions["condition"] == "standard"]
-    beside = critical_mass.beside(table, played) if len(table) else table
+    beside = critical_mass.beside(table, stats.standard(decisions)) if len(table) else table
     arms, thresholds = arms_of(beside), sorted(beside["threshold"].unique())
     if not arms:
         return None

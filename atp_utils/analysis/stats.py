@@ -4,7 +4,7 @@ Decisions within an environment share a persona, a rule and often a history; int
 independent and be too narrow. `benchmarks/coverage.py` simulates how often the intervals hold the truth.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,19 +77,20 @@ def rate_table(
     value: str = "deviated",
     by: Sequence[str] = ("model", "arm", "round"),
     units: Sequence[str] = ("environment",),
+    proportion: bool = True,
 ) -> pd.DataFrame:
     """Mean of ``value`` by group, with what is needed to judge it.
 
     Columns: ``by``, then n (valid decisions with a value), invalid (share of all decisions), rate, low, high
-    (95 %, `interval` over ``units``). Invalid decisions are in no rate's numerator or denominator.
+    (95 %, `interval` over ``units``). Invalid decisions are in no rate's numerator or denominator. What is no
+    ``proportion`` lies in [-1, 1], and so does its interval.
     """
     rows = []
     for key, group in decisions.groupby(list(by), sort=True, observed=True):
         valid = group[group["valid"] & group[value].notna()]
         values = valid[value].astype(float)
-        ends = interval(values, *(valid[unit] for unit in units))
-        rate = values.mean() if len(valid) else float("nan")
-        rows.append((*key, len(valid), float((~group["valid"]).mean()), float(rate), *ends))
+        ends = interval(values, *(valid[unit] for unit in units), proportion=proportion)
+        rows.append((*key, len(valid), float((~group["valid"]).mean()), float(values.mean()), *np.clip(ends, -1, 1)))
     return pd.DataFrame(rows, columns=[*by, "n", "invalid", "rate", "low", "high"])
 
 
@@ -98,16 +99,27 @@ def standard(decisions: pd.DataFrame) -> pd.DataFrame:
     return decisions[decisions["condition"] == "standard"]
 
 
+def lived(decisions: pd.DataFrame) -> pd.DataFrame:
+    """Decisions behind histories that the agents made themselves, in whatever condition."""
+    return decisions[decisions["condition"] != "forced_history"]
+
+
 def value_of(decisions: pd.DataFrame) -> str:
     """P(deviate) where it was recorded, which has no sampling noise, else the sampled decision."""
     return "p_deviate" if decisions["p_deviate"].notna().any() else "deviated"
 
 
 def low_mass(decisions: pd.DataFrame) -> str:
-    """Where P(deviate) rests on answers with a mean probability below `LEAST_MASS`: arms and rounds, or ""."""
-    means = decisions.groupby(["arm", "round"], observed=True)["mass"].mean().astype(float)
+    """Where P(deviate) rests on answers with a mean probability below `LEAST_MASS`, or "".
+
+    Arms and rounds, each other condition than the standard one by its name.
+    """
+    means = decisions.groupby(["condition", "arm", "round"], observed=True)["mass"].mean().astype(float)
     low = means[means < LEAST_MASS].reset_index()
-    parts = [f"{arm} r={', '.join(map(str, rows['round']))}" for arm, rows in low.groupby("arm")]
+    parts = [
+        f"{arm}{'' if condition == 'standard' else f' in {condition}'} r={', '.join(map(str, rows['round']))}"
+        for (condition, arm), rows in low.groupby(["condition", "arm"])
+    ]
     return f"both answers together below {LEAST_MASS:.0%}: {'; '.join(parts)}" if parts else ""
 
 
@@ -121,7 +133,7 @@ def drift_table(
     """
     keys = ["model", "arm"]
     rows = [
-        (*key, *_mean_change(unit_changes(group, value, units)))
+        (*key, *mean_interval(unit_changes(group, value, units)))
         for key, group in decisions.groupby(keys, sort=True, observed=True)
     ]
     return pd.DataFrame(rows, columns=[*keys, "drift", "low", "high"])
@@ -150,7 +162,7 @@ def benefit_table(
         for arm in sorted(arms - {"base"}) if "base" in arms else []:
             known = {arm, "base"} <= set(means.columns)
             changes = means[arm] - means["base"] if known else means.iloc[:0].sum(axis=1)
-            rows.append((model, arm, *_mean_change(changes)))
+            rows.append((model, arm, *mean_interval(changes)))
     return pd.DataFrame(rows, columns=["model", "arm", "benefit", "low", "high"])
 
 
@@ -160,11 +172,11 @@ def _unit_means(decisions: pd.DataFrame, value: str, key: str, units: Sequence[s
     return valid.groupby([*units, key], observed=True)[value].mean().astype(float).unstack(key)
 
 
-def _mean_change(changes: pd.Series) -> tuple[float, float, float]:
-    """Mean of the changes that are known, with its interval over the units that index them, within [-1, 1]."""
+def mean_interval(changes: pd.Series, most: float = 1) -> tuple[float, float, float]:
+    """Mean of the changes that are known, and its interval over the units that index them, within +-``most``."""
     known = changes.dropna()
     ends = interval(known, *levels(known), proportion=False)
-    return float(known.mean()), *(float(np.clip(end, -1, 1)) for end in ends)
+    return float(known.mean()), *np.clip(ends, -most, most).tolist()
 
 
 def levels(changes: pd.Series) -> list[pd.Index]:
@@ -180,17 +192,22 @@ def percent(rate: float, low: float | None = None, high: float | None = None) ->
     return text if low is None or pd.isna(low) else f"{text} [{100 * low:z.1f}, {100 * high:z.1f}]"
 
 
-def by_round(cells: pd.DataFrame, index: Sequence[str], values: str = "cell") -> pd.DataFrame:
+def cells(table: pd.DataFrame, *columns: str, shown: Callable[..., str] = percent) -> pd.Series:
+    """Each row's ``columns``, a value or a value and its two ends, as ``shown``; by default rate, low and high."""
+    rows = table[list(columns or ("rate", "low", "high"))].itertuples(index=False)
+    return pd.Series([shown(*row) for row in rows], table.index)
+
+
+def by_round(table: pd.DataFrame, index: Sequence[str], values: str = "cell") -> pd.DataFrame:
     """One row an ``index``, one column ``r=N`` a round in the rounds' order; an en dash where a round has no value."""
-    wide = cells.pivot(index=list(index), columns="round", values=values)
+    wide = table.pivot(index=list(index), columns="round", values=values)
     wide = wide.rename(columns="r={}".format).rename_axis(columns=None)
     return wide.astype(object).where(wide.notna(), "–") if wide.isna().to_numpy().any() else wide
 
 
 def round_columns(table: pd.DataFrame, by: Sequence[str] = ("model", "arm")) -> pd.DataFrame:
     """A `rate_table` in the paper's layout: one row a ``by``, ``rate [low, high]`` a round, in percent."""
-    cells = [percent(*row) for row in table[["rate", "low", "high"]].itertuples(index=False)]
-    wide = by_round(table.assign(cell=cells), by)
+    wide = by_round(table.assign(cell=cells(table)), by)
     facts = table.groupby(list(by)).agg(n=("n", "min"), invalid=("invalid", "mean"))
     wide.insert(0, "n a round", facts["n"])
     wide.insert(1, "invalid %", (100 * facts["invalid"].astype(float)).round(1))

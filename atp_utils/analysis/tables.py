@@ -23,46 +23,46 @@ def paper_columns() -> pd.DataFrame:
 
 def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
     """The primary contrast of `verdicts.contrast` in percentage points, with Holm's p and the verdict."""
-    table = verdicts.contrast(decisions)
+    table = verdicts.contrast(decisions).set_index(verdicts.KEYS)
     columns = {
-        "drift, standard": [stats.percent(value) for value in table["standard"]],
-        "drift, equal payoffs": [stats.percent(value) for value in table["control"]],
-        "contrast [95 %]": _cells(table, "contrast", "low", "high"),
+        "drift, standard": stats.cells(table, "standard"),
+        "drift, equal payoffs": stats.cells(table, "control"),
+        "contrast [95 %]": stats.cells(table, "contrast", "low", "high"),
         "p (Holm)": ["–" if pd.isna(p) else f"{p:.2g}" for p in table["p"]],
-        "least mass %": [stats.percent(mass) for mass in table["mass"].astype(float)],
-        "verdict": table["verdict"].to_list(),
+        "least mass %": stats.cells(table, "mass"),
+        "verdict": table["verdict"],
     }
-    return pd.DataFrame(columns, index=pd.MultiIndex.from_frame(table[verdicts.KEYS]))
+    return pd.DataFrame(columns)
 
 
 def conditions(decisions: pd.DataFrame) -> pd.DataFrame:
     """Every condition's first and last round, its change, and that against the standard condition's, in percent."""
-    table = verdicts.conditions(decisions)
+    table = verdicts.conditions(decisions).set_index([*verdicts.KEYS, "condition"])
     columns = {
-        "first": [stats.percent(value) for value in table["first"]],
-        "last": [stats.percent(value) for value in table["last"]],
-        "drift [95 %]": _cells(table, "drift", "low", "high"),
-        "against standard [95 %]": _cells(table, "against", "against_low", "against_high"),
+        "first": stats.cells(table, "first"),
+        "last": stats.cells(table, "last"),
+        "drift [95 %]": stats.cells(table, "drift", "low", "high"),
+        "against standard [95 %]": stats.cells(table, "against", "against_low", "against_high"),
     }
-    return pd.DataFrame(columns, index=pd.MultiIndex.from_frame(table[[*verdicts.KEYS, "condition"]]))
+    return pd.DataFrame(columns)
 
 
 def erosion(decisions: pd.DataFrame) -> pd.DataFrame:
     """Share of the alignment gain that is lost by the last round, in percent; no interval: the gain can't be told."""
-    table = verdicts.erosion(decisions)
-    index = pd.MultiIndex.from_frame(table[verdicts.KEYS])
-    return pd.DataFrame({"gain lost % [95 %]": _cells(table, "erosion", "low", "high")}, index=index)
+    table = verdicts.erosion(decisions).set_index(verdicts.KEYS)
+    return pd.DataFrame({"gain lost % [95 %]": stats.cells(table, "erosion", "low", "high")})
 
 
 def slopes(decisions: pd.DataFrame) -> pd.DataFrame:
     """`dose_response.slopes`: log-odds a round, a row a model, arm and teller, a column a term."""
     table = dose_response.slopes(decisions)
-    cells = [
-        f"{row.slope:z.2f}" if pd.isna(row.low) else f"{row.slope:z.2f} [{row.low:z.2f}, {row.high:z.2f}]"
-        for row in table.itertuples()
-    ]
+    cells = stats.cells(table, "slope", "low", "high", shown=_log_odds)
     wide = table.assign(cell=cells).pivot(index=[*dose_response.KEYS, "told"], columns="term", values="cell")
     return wide.reindex(columns=[term for term in dose_response.TERMS if term in wide]).rename_axis(columns=None)
+
+
+def _log_odds(slope: float, low: float, high: float) -> str:
+    return f"{slope:z.2f}" if pd.isna(low) else f"{slope:z.2f} [{low:z.2f}, {high:z.2f}]"
 
 
 def dynamics(decisions: pd.DataFrame) -> pd.DataFrame:
@@ -77,10 +77,6 @@ def committed(decisions: pd.DataFrame) -> pd.DataFrame:
     return critical_mass.committed(critical_mass.response(decisions)).mul(100).round(1)
 
 
-def _cells(table: pd.DataFrame, *columns: str) -> list[str]:
-    return [stats.percent(*row) for row in table[list(columns)].itertuples(index=False)]
-
-
 def drift(decisions: pd.DataFrame) -> pd.DataFrame:
     """Last minus first round in percentage points, of the sampled rate and of P(deviate) where recorded."""
     return _changes(decisions, stats.drift_table, "drift")
@@ -92,15 +88,11 @@ def benefit(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 def _changes(decisions: pd.DataFrame, table, name: str) -> pd.DataFrame:
-    columns = {"violation rate": _points(table(decisions), name)}
+    values = {"violation rate": "deviated"}
     if decisions["p_deviate"].notna().any():
-        columns["P(deviate)"] = _points(table(decisions, "p_deviate"), name)
-    return pd.DataFrame(columns)
-
-
-def _points(table: pd.DataFrame, column: str) -> pd.Series:
-    cells = _cells(table, column, "low", "high")
-    return pd.Series(cells, index=pd.MultiIndex.from_frame(table[["model", "arm"]]), dtype=object)
+        values["P(deviate)"] = "p_deviate"
+    tables = {title: table(decisions, value).set_index(["model", "arm"]) for title, value in values.items()}
+    return pd.DataFrame({title: stats.cells(own, name, "low", "high") for title, own in tables.items()})
 
 
 def collusion(games: pd.DataFrame) -> pd.DataFrame:

@@ -12,6 +12,12 @@ from atp_utils.analysis.stats import ARMS
 from atp_utils.evolution.requests import Reply
 
 
+def at_ratio_one(games: pd.DataFrame) -> pd.DataFrame:
+    """The ``games`` (one or more) at the paper's incentive ratio of 1, or the nearest that was played."""
+    ratio = min(sorted(games["incentive_ratio"].unique()), key=lambda ratio: abs(np.log(ratio)))
+    return games[games["incentive_ratio"] == ratio]
+
+
 def episode_table(decisions: pd.DataFrame) -> pd.DataFrame:
     """Collusion by episode and round: one row a (model, arm, seed, item, round).
 

@@ -144,8 +144,7 @@ def _labelled(table: pd.DataFrame, name: str, shown) -> pd.DataFrame:
     """A table's cells as text; nothing where no group has a value (P(tool) of a run that wrote freely)."""
     if not table["n"].any():
         return table.iloc[:0]
-    cells = [shown(*row) for row in table[["rate", "low", "high"]].itertuples(index=False)]
-    return table[[*KEYS, "n"]].assign(measure=name, cell=cells)
+    return table[[*KEYS, "n"]].assign(measure=name, cell=stats.cells(table, shown=shown))
 
 
 def drift(decisions: pd.DataFrame, measure: str = "tool usage") -> pd.DataFrame:
@@ -161,10 +160,10 @@ def drift_columns(decisions: pd.DataFrame) -> pd.DataFrame:
     """`drift` of usage, P(tool) where recorded, and accuracy: one row a model and arm, ``points [95 % interval]``."""
     columns, known = {}, problem_table(decisions).notna().any()
     for measure in ("tool usage", "P(tool)", "accuracy"):
-        table = drift(decisions, measure)
-        cells = [stats.percent(*row) for row in table[["drift", "low", "high"]].itertuples(index=False)]
         if known[MEASURES[measure]]:
-            columns[measure] = pd.Series(cells, index=pd.MultiIndex.from_frame(table[["model", "arm"]]))
+            columns[measure] = stats.cells(
+                drift(decisions, measure).set_index(["model", "arm"]), "drift", "low", "high"
+            )
     return pd.DataFrame(columns)
 
 

@@ -46,7 +46,7 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
         differences = (changes[STANDARD] - changes[CONTROL]).dropna().astype(float)
         mean, error, freedom = stats.estimate(differences, *stats.levels(differences))
         ends = stats.interval(differences, *stats.levels(differences), proportion=False)
-        mass = group.groupby(["condition", "round"], observed=True)["mass"].mean().min()
+        mass = group.groupby(["condition", "round"], observed=True)["mass"].mean().astype(float).min()
         means = (float(change.mean()) if len(change) else np.nan for change in changes.values())
         rows.append((*key, *means, mean, *ends, two_sided(mean, error, freedom), mass, same(mean, error, freedom)))
     names = [*KEYS, "standard", "control", "contrast", "low", "high", "p", "mass", "same"]
@@ -89,24 +89,18 @@ def conditions(decisions: pd.DataFrame) -> pd.DataFrame:
     rewards, or behind a history about something else, isn't theirs.
     """
     rows = []
-    lived = decisions[decisions["condition"] != "forced_history"]
-    for key, group in lived.groupby(KEYS, sort=True, observed=True):
+    for key, group in stats.lived(decisions).groupby(KEYS, sort=True, observed=True):
         group, units = with_units(group, key[0])
         value = stats.value_of(group)
         standard = stats.unit_changes(group[group["condition"] == STANDARD], value, units)
         for name, own in group.groupby("condition", sort=False, observed=True):
             changes = stats.unit_changes(own, value, units)
-            against = (changes - standard).dropna() if name != STANDARD else changes.iloc[:0]
+            against = changes - standard if name != STANDARD else changes.iloc[:0]
             ends = own.groupby("round")[value].mean().astype(float)
-            rows.append((*key, name, ends.iloc[0], ends.iloc[-1], *_mean(changes), *_mean(against)))
+            intervals = (*stats.mean_interval(changes), *stats.mean_interval(against, 2))
+            rows.append((*key, name, ends.iloc[0], ends.iloc[-1], *intervals))
     names = ["condition", "first", "last", "drift", "low", "high", "against", "against_low", "against_high"]
     return pd.DataFrame(rows, columns=[*KEYS, *names])
-
-
-def _mean(changes: pd.Series) -> tuple[float, float, float]:
-    changes = changes.astype(float)
-    mean = float(changes.mean()) if len(changes) else float("nan")
-    return mean, *stats.interval(changes, *stats.levels(changes), proportion=False)
 
 
 def erosion(decisions: pd.DataFrame) -> pd.DataFrame:
@@ -116,8 +110,7 @@ def erosion(decisions: pd.DataFrame) -> pd.DataFrame:
     NaN without an interval where the gain itself can't be told from 0. Of the standard condition.
     """
     rows = []
-    own = decisions[decisions["condition"] == STANDARD]
-    for (scenario, model), group in own.groupby(["scenario", "model"], sort=True, observed=True):
+    for (scenario, model), group in stats.standard(decisions).groupby(["scenario", "model"], sort=True, observed=True):
         group, units = with_units(group, scenario)
         value = stats.value_of(group)
         start = group[group["round"] == group["round"].min()]
@@ -155,13 +148,11 @@ def time_to_tip(decisions: pd.DataFrame) -> pd.DataFrame:
     Columns: `KEYS`, condition, round, n (agents at the start), rate, low, high (95 %, over units). The only censoring
     is the end of the run. Of lived histories.
     """
-    lived = decisions[decisions["valid"] & decisions["deviated"].notna() & (decisions["condition"] != "forced_history")]
-    agents = ["seed", "item", "agent"]
-    lived = lived.sort_values("round").astype({"deviated": bool})
-    began = lived.groupby([*KEYS, "condition", *agents], observed=True)["deviated"].transform("first")
-    kept = lived[~began.astype(bool)]
-    tipped = kept.groupby([*KEYS, "condition", *agents], observed=True)["deviated"].cummax()
-    kept = kept.assign(kept=~tipped.astype(bool))
+    agent = [*KEYS, "condition", "seed", "item", "agent"]
+    known = stats.lived(decisions[decisions["valid"] & decisions["deviated"].notna()])
+    known = known.sort_values("round").astype({"deviated": bool})
+    complied = known[~known.groupby(agent, observed=True)["deviated"].transform("first")]
+    kept = complied.assign(kept=~complied.groupby(agent, observed=True)["deviated"].cummax())
     rows = []
     for key, group in kept.groupby([*KEYS, "condition", "round"], sort=True, observed=True):
         group, units = with_units(group, key[0])

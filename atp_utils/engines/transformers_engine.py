@@ -1,7 +1,7 @@
 """The in-process engine: batched transformers, with each conversation's KV cache kept between rounds.
 
-A round costs its new tokens, not its history: the keys and values of every answered chat are kept, and a chat
-that extends one starts from the longest common token prefix. Chats may fork (two agents with one past) and
+A round costs its new tokens, not its history: the keys and values of every answered chat that may go on are kept, and
+a chat that extends one starts from the longest common token prefix. Chats may fork (two agents with one past) and
 batches may mix lengths: a row is padded on the left only, so that windows and positions are those of the chat alone.
 Floating-point sums depend on the batch's shape, so log-probabilities repeat to rounding (about 0.01 in bfloat16), not
 to the bit.
@@ -87,7 +87,11 @@ class TransformersEngine:
     @torch.inference_mode()
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield ``(index, reply)``, batch by batch; requests of equal content are computed once."""
-        rows = [self._row(requests[group[0]], group) for group in collapse(requests)]
+        rows = []
+        for group in collapse(requests):
+            # Of equal chats one may go on, and others not.
+            request = max((requests[index] for index in group), key=lambda request: request.extended)
+            rows.append(self._row(request, group))
         # Requests of one kind can share a batch: as many options, or the same sampling settings.
         kinds: dict[int | Sampling, list[_Row]] = {}
         for row in sorted(rows, key=lambda row: len(row.ids)):
@@ -165,7 +169,8 @@ class TransformersEngine:
         starts = [len(row.ids) - row.shared for row in rows]
         shared = [_total(after[i, -row.shared - 1 :], row.ids[starts[i] :]) for i, row in enumerate(rows)]
         for place, row in enumerate(rows):
-            self._kept.keep(row.request.messages, row.ids, cache, place, mask[place].nonzero().flatten())
+            if row.request.extended:
+                self._kept.keep(row.request.messages, row.ids, cache, place, mask[place].nonzero().flatten())
         by_option = zip(*(row.tails for row in rows), strict=True)
         ends = [self._score_tails(tails, after[:, -1], mask, cache) for tails in by_option]
         replies = []

@@ -7,9 +7,10 @@ history looks like a lived one.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from atp_utils.evolution.parsing import answer_json
+from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Message
 
 Memory = Literal["turns", "counts"]
@@ -65,6 +66,19 @@ def recall(
         else:
             chat = [*chat, {"role": "assistant", "content": round_.said}, {"role": "user", "content": again}]
     return chat
+
+
+def chat(
+    scene: Scene, past: Sequence[Past], number: int, setting: Any, protocol: Protocol
+) -> Callable[[bool], list[Message]]:
+    """The chat that asks for the decision of round ``number`` after ``past``, given whether its question is turned.
+
+    ``setting``, the scenario's parameters of evolution, says what the agent remembers, and whether it is unrelated.
+    """
+    if setting.condition == "unrelated_history":
+        return lambda turned: unrelated(scene.opening(number, turned), number - 1, protocol.instruction)
+    kept = {"memory": setting.memory, "window": setting.history_window}
+    return lambda turned: recall(scene, past, number, turned, **kept)
 
 
 def _in_front(text: str, chat: list[Message]) -> list[Message]:

@@ -142,12 +142,12 @@ def _request(question: Question, protocol: Protocol, *more: str) -> Request:
 
 
 def _both_orders(question: Question, protocol: Protocol) -> list[Request]:
-    asked, answers = _request(question, protocol, "attempt0"), tuple(map(answer_json, question.options))
-    turned = [] if question.turned is None else [(question.turned, answers[::-1])]
-    return [
-        replace(asked, messages=tuple(messages), options=options)
-        for messages, options in [(question.messages, answers), *turned]
-    ]
+    answers = tuple(map(answer_json, question.options))
+    asked = replace(_request(question, protocol, "attempt0"), options=answers)
+    if question.turned is None:
+        return [asked]
+    # Histories go on in the first order alone.
+    return [asked, replace(asked, messages=tuple(question.turned), options=answers[::-1], extended=False)]
 
 
 def normalise(logprobs: Sequence[float]) -> tuple[float, ...]:

@@ -45,7 +45,8 @@ class Request:
     """A chat to be answered: by one of ``options`` (complete answers, each scored whole), else by free text.
 
     ``key`` names the decision for people (``role_play/test/baker-0/seed0/agent0/round3/attempt0``); ``seed``
-    is derived from it.
+    is derived from it. ``extended``: whether a later chat may go on from this one, whose keys and values are then worth
+    keeping; no reply depends on it.
     """
 
     key: str
@@ -53,6 +54,7 @@ class Request:
     seed: int
     options: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
+    extended: bool = field(default=True, compare=False)
 
     def form(self) -> dict:
         """How the chat is to be answered: the options, or how text is sampled."""

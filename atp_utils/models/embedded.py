@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp_utils import resolve, shown
 from atp_utils.models.digests import sha256
+from atp_utils.models.weights_memory import GIB
 from atp_utils.support import files
 from atp_utils.support.progress import bar
 
 REGISTRY, MODELS = Path("data/models.yaml"), Path("models")
-GIB = 1 << 30
 # Seconds in which a hub must have answered once. Left to itself its client tries for half a minute.
 PATIENCE = 5
 
@@ -51,7 +51,7 @@ class Embedded(BaseModel, extra="forbid"):
 
 @lru_cache
 def registry() -> dict[str, Embedded]:
-    """The embedded models by name; raises ValueError naming line and key of `REGISTRY` where it is malformed."""
+    """The embedded models by name; raises ValueError naming the key of `REGISTRY` that is malformed."""
     return {model.name: model for model in files.read_named(resolve(REGISTRY), Embedded, "models")}
 
 

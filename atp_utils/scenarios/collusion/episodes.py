@@ -1,7 +1,6 @@
 """The collusion games' parameters and episodes: played rounds (Algorithm 2), and one round written for the agent."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -12,7 +11,6 @@ from atp_utils.evolution.history import Memory, Past
 from atp_utils.evolution.loop import Episode
 from atp_utils.evolution.parsing import answer_json
 from atp_utils.evolution.protocol import Choice, Protocol, Question, decide, orders, question
-from atp_utils.evolution.requests import Message
 from atp_utils.scenarios import base
 from atp_utils.scenarios.collusion import telling
 from atp_utils.scenarios.collusion.items import Item, incentive_ratio
@@ -38,16 +36,11 @@ class Evolution(base.Evolution):
     def _can_be_played(self):
         if self.fixed_colluders >= self.agents:
             raise ValueError(f"fixed_colluders must lie in 0..{self.agents - 1}, got {self.fixed_colluders}")
+        played_only = {"fixed_colluders": 0, "visibility": "choices"}
+        for name, value in played_only.items() if self.condition == "forced_history" else ():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} must be {value!r} behind written rounds, got {getattr(self, name)!r}")
         return self
-
-
-def _ask(
-    item: Item, setting: Evolution, protocol: Protocol, past: Sequence[Past], number: int, turned: bool
-) -> list[Message]:
-    asks = telling.scene(item, setting, protocol)
-    if setting.condition == "unrelated_history":
-        return history.unrelated(asks.opening(number, turned), number - 1, protocol.instruction)
-    return history.recall(asks, past, number, turned, memory=setting.memory, window=setting.history_window)
 
 
 def episode(item: Item, setting: Evolution, protocol: Protocol, seed: int) -> Episode:
@@ -57,13 +50,13 @@ def episode(item: Item, setting: Evolution, protocol: Protocol, seed: int) -> Ep
     asked nothing; only the others' decisions are returned. An invalid decision neither colludes nor is paid; its agent
     sees the outcome all the same.
     """
-    fixed = setting.fixed_colluders
+    fixed, asks = setting.fixed_colluders, telling.scene(item, setting, protocol)
     free, turns = range(fixed, item.agents), orders(setting.rounds, "collusion", seed)
     pasts: dict[int, list[Past]] = {agent: [] for agent in free}
     capital, rows = dict.fromkeys(free, 1.0), []
     for number, turned in enumerate(turns, start=1):
         key = ("collusion", item.id, f"seed{seed}", f"fixed{fixed}")
-        chats = {agent: partial(_ask, item, setting, protocol, pasts[agent], number) for agent in free}
+        chats = {agent: history.chat(asks, pasts[agent], number, setting, protocol) for agent in free}
         questions = [
             question((*key, f"agent{agent}", f"round{number}"), item.options, chats[agent], turned) for agent in free
         ]
@@ -119,9 +112,8 @@ def _forced_question(
         outcome = telling.outcome(item, 1, everyone, turns[0], [], "choices")
         option = item.deviant if own else item.compliant
         choice = Choice(option=option, turn=answer_json(option))
-        past, name = (
-            [telling.heard(setting, choice, 1, turns[0], outcome, factor, factor)],
-            f"own{own:d}-others{others}",
-        )
+        past = [telling.heard(setting, choice, 1, turns[0], outcome, factor, factor)]
+        name = f"own{own:d}-others{others}"
     key = ("collusion", item.id, f"seed{seed}", "forced", name)
-    return question(key, item.options, partial(_ask, item, setting, protocol, past, len(turns)), turns[-1])
+    chat = history.chat(telling.scene(item, setting, protocol), past, len(turns), setting, protocol)
+    return question(key, item.options, chat, turns[-1])

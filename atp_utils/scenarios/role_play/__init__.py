@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from atp_utils.evolution.history import recall
 from atp_utils.evolution.loop import Episode
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Message
@@ -34,7 +35,8 @@ class RolePlay(Scenario):
         if not rounds:
             return self.opening(item, protocol, turned)
         setting = DEFAULT.model_copy(update={"condition": "equal_payoffs"})
-        return telling.chat(item, telling.written(item, [False] * rounds, setting), setting, protocol)(turned)
+        past = telling.written(item, [False] * rounds, setting)
+        return recall(telling.scene(item, setting, protocol), past, rounds + 1, turned)
 
     def test_items(self, parameters: Evolution) -> list[Item]:
         return items.balanced_subset(super().test_items(parameters), parameters.items)

@@ -42,11 +42,12 @@ def episode(item: Item, setting: Evolution, protocol: Protocol, seed: int) -> Ep
     An invalid reply is no action: it earns nothing and leaves the history as it was.
     """
     pay, turns = Pay.of(item, setting.condition), orders(setting.rounds, "role_play", seed)
+    asks = telling.scene(item, setting, protocol, pay)
     past: list[Past] = []
     rows, earned = [], 0.0
     for number, turned in enumerate(turns, start=1):
         key = ("role_play", item.id, f"seed{seed}", "agent0", f"round{number}")
-        chat = telling.chat(item, past, setting, protocol, pay, number)
+        chat = history.chat(asks, past, number, setting, protocol)
         [choice] = yield from decide([question(key, item.options, chat, turned)], protocol)
         reward = None
         if choice.option is not None:
@@ -106,7 +107,7 @@ def _forced_question(
     asks = telling.scene(item, setting, protocol, pay)
     if told == "own":
         past = telling.written(item, sequence, setting, pay, turns)
-        chat = telling.chat(item, past, setting, protocol, pay)
+        chat = history.chat(asks, past, len(turns), setting, protocol)
     elif told == "other":
         past = telling.written(item, sequence, setting, pay, who="The other one")
         chat = lambda turned: history.second_hand(asks.opening(1, turned), past)  # noqa: E731

@@ -4,11 +4,10 @@ The paper's setting is uncertain supervision: the prompt doesn't say whether any
 violation says that it wasn't noticed. `docs/conditions.md` lists the conditions and what each isolates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from atp_utils.evolution import history
 from atp_utils.evolution.history import Past, Scene
 from atp_utils.evolution.parsing import answer_json
 from atp_utils.evolution.protocol import Protocol
@@ -130,14 +129,3 @@ def written(
         told = outcome(item, option, seen, reward, earned, who)
         past.append(Past(place + 1, bool(turns) and turns[place], option, answer_json(option), told, reward))
     return past
-
-
-def chat(
-    item: Item, past: Sequence[Past], setting: Any, protocol: Protocol, pay: Pay | None = None, number: int = 0
-) -> Callable[[bool], list[Message]]:
-    """The chat that asks for the decision after ``past``, given whether its last question is turned."""
-    asks, number = scene(item, setting, protocol, pay), number or len(past) + 1
-    if setting.condition == "unrelated_history":
-        return lambda turned: history.unrelated(asks.opening(number, turned), number - 1, protocol.instruction)
-    kept = {"memory": setting.memory, "window": setting.history_window}
-    return lambda turned: history.recall(asks, past, number, turned, **kept)
