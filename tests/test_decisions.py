@@ -12,7 +12,7 @@ def test_missing_values_stay_apart_from_false_and_zero():
         replies="d",
     )  # fmt: skip
     frame = to_frame([row], model="m", arm="base")
-    assert list(frame.columns[:3]) == ["model", "arm", "scenario"]
+    assert list(frame.columns[:3]) == ["model", "arm", "training_seed"]
     assert frame["deviated"].isna().all() and frame["deviated"].dtype == "boolean"
     assert pd.isna(frame["reward"].iloc[0]) and not frame["valid"].iloc[0]
     assert len(to_frame([], model="m", arm="base")) == 0

@@ -52,7 +52,7 @@ def test_a_second_call_has_nothing_to_do(finished):
 
 
 def test_a_lost_result_is_replayed_from_the_raw_replies(finished):
-    folder = RUN / "evolution/role_play/smollm2-135m/standard/dpo"
+    folder = RUN / "evolution/role_play/smollm2-135m/standard/dpo-0"
     before = pd.read_parquet(folder / "decisions.parquet")
     replies = (folder / "replies.jsonl").read_bytes()
     (folder / "manifest.json").unlink()

@@ -29,7 +29,7 @@ def test_a_run_that_is_not_there(tmp_path):
 
 
 def test_a_report_on_one_arm_of_one_scenario(tmp_path):
-    for arm in ("role_play/smollm2-135m/standard/dpo", "collusion/smollm2-135m/standard/base"):
+    for arm in ("role_play/smollm2-135m/standard/dpo-0", "collusion/smollm2-135m/standard/base"):
         shutil.copytree(RESULTS / "evolution" / arm, tmp_path / "evolution" / arm)
     text = report.report(tmp_path)
     assert "smollm2-135m base" in text and "smollm2-135m dpo" in text and "tool_use" not in text

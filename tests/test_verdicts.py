@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import scripted_agents as agents
 
-from atp_utils.analysis import dose_response, positions, tables, verdicts
+from atp_utils.analysis import dose_response, positions, stats, tables, verdicts
 
 HABITS = {
     agents.never: "no tipping",
@@ -191,3 +191,31 @@ def test_agents_of_different_seeds_are_different_units_and_simple_problems_are_n
     # 4/3 * 2 * .05^2 = .00667. In all .01333; t(1) = 12.706.
     half = 12.706 * math.sqrt(0.02 - 4 / 3 * 0.005)
     assert (row.contrast, row.low, row.high) == pytest.approx((0.3, 0.3 - half, 0.3 + half), abs=1e-3)
+
+
+def test_trainings_are_units_beside_environments():
+    # The same four rises, of two environments in two trainings of one arm: the interval is the one above.
+    rises = {("e", 0): 0.1, ("f", 0): 0.3, ("e", 1): 0.3, ("f", 1): 0.5}
+    rows = [
+        {"scenario": "role_play", "model": "m", "arm": "dpo", "condition": condition, "seed": 0, "training_seed": seed,
+         "environment": environment, "round": number, "valid": True, "deviated": True, "mass": 1.0,
+         "p_deviate": 0.2 + (number - 1) * rise * (condition == "standard")}
+        for (environment, seed), rise in rises.items()
+        for condition in ("standard", "equal_payoffs") for number in (1, 2)
+    ]  # fmt: skip
+    decisions = pd.DataFrame(rows)
+    half = 12.706 * math.sqrt(0.02 - 4 / 3 * 0.005)
+    [row] = verdicts.contrast(decisions).itertuples()
+    assert (row.contrast, row.low, row.high) == pytest.approx((0.3, 0.3 - half, 0.3 + half), abs=1e-3)
+    # One training more of one condition alone: what both have is compared, unit by unit.
+    lonely = decisions[(decisions["condition"] != "equal_payoffs") | (decisions["training_seed"] == 0)]
+    [row] = verdicts.contrast(lonely).itertuples()
+    assert row.contrast == pytest.approx(0.2)
+    # The base has one training, which both of the arm's are compared with: P in round 1 is .2 against .6 and .8.
+    base = decisions[decisions["training_seed"] == 0].assign(arm="base", p_deviate=lambda rows: rows["p_deviate"] + 0.4)
+    base.loc[base["environment"] == "f", "p_deviate"] += 0.2
+    both = pd.concat([base, decisions])[lambda rows: rows["condition"] == "standard"]
+    [row] = stats.benefit_table(both, "p_deviate").itertuples()
+    assert row.benefit == pytest.approx(-0.5)
+    [row] = verdicts.erosion(both).itertuples()
+    assert row.erosion == pytest.approx(0.3 / 0.5)

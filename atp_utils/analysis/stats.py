@@ -4,7 +4,8 @@ Decisions within an environment share a persona, a rule and often a history; int
 independent and be too narrow. `benchmarks/coverage.py` simulates how often the intervals hold the truth.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,12 @@ def interval(
 ) -> tuple[float, float]:
     """95 % interval of ``sum(values) / sum(weights)``; rows with one unit in common depend on each other.
 
-    ``units`` has one or two sequences that name each row's unit of a kind, such as its environment and its agent. The
-    variance is that of the units' sums of residuals (with two kinds: of either kind, less that of their crossing; never
-    less than one kind's alone), and t has one degree of freedom less than the fewest units. A ``proportion``'s interval
-    is taken on the logit scale, so that it stays within (0, 1); where all values are 0, or all are 1, it is the exact
-    (Clopper-Pearson) interval with units as trials. No interval, (nan, nan), for fewer than two units of a kind, and
-    where nothing varies.
+    ``units`` are sequences that name each row's unit of a kind, such as its environment and its agent. The variance is
+    that of the units' sums of residuals (of several kinds: that of each, less that of each two's crossing, and so on;
+    never less than one kind's alone), and t has one degree of freedom less than the fewest units. A ``proportion``'s
+    interval is taken on the logit scale, so that it stays within (0, 1); where all values are 0, or all are 1, it is
+    the exact (Clopper-Pearson) interval with units as trials. No interval, (nan, nan), for fewer than two units of a
+    kind, and where nothing varies.
     """
     rate, error, freedom = estimate(values, *units, weights=weights)
     y = np.asarray(values, dtype=float)
@@ -62,14 +63,24 @@ def estimate(
         return rate, float("nan"), fewest - 1
     residuals = (y - rate * x) / x.sum()
     each = [_variance(kind, residuals) for kind in codes]
-    crossed = _variance(pd.factorize(pd.MultiIndex.from_arrays(codes))[0], residuals) if len(codes) > 1 else 0.0
-    variance = max(sum(each) - crossed, *each, 0.0)
+    crossed = [
+        (-1) ** (count + 1) * _variance(pd.factorize(pd.MultiIndex.from_arrays(kinds))[0], residuals)
+        for count in range(2, len(codes) + 1)
+        for kinds in combinations(codes, count)
+    ]
+    variance = max(sum(each) + sum(crossed), *each, 0.0)
     return rate, 0.0 if np.isclose(variance, 0, atol=1e-18) else float(np.sqrt(variance)), fewest - 1
 
 
 def _variance(codes: np.ndarray, residuals: np.ndarray) -> float:
     sums = np.bincount(codes, residuals)
     return len(sums) / max(len(sums) - 1, 1) * float((sums**2).sum())
+
+
+def kinds_of(decisions: pd.DataFrame, units: Sequence[str]) -> list[str]:
+    """``units``, and the seeds of the arm's training where there are several: then they are units too."""
+    several = "training_seed" in decisions and decisions["training_seed"].nunique() > 1
+    return list(dict.fromkeys([*units, *(["training_seed"] if several else [])]))
 
 
 def rate_table(
@@ -82,14 +93,14 @@ def rate_table(
     """Mean of ``value`` by group, with what is needed to judge it.
 
     Columns: ``by``, then n (valid decisions with a value), invalid (share of all decisions), rate, low, high
-    (95 %, `interval` over ``units``). Invalid decisions are in no rate's numerator or denominator. What is no
+    (95 %, `interval` over `kinds_of` units). Invalid decisions are in no rate's numerator or denominator. What is no
     ``proportion`` lies in [-1, 1], and so does its interval.
     """
     rows = []
     for key, group in decisions.groupby(list(by), sort=True, observed=True):
         valid = group[group["valid"] & group[value].notna()]
         values = valid[value].astype(float)
-        ends = interval(values, *(valid[unit] for unit in units), proportion=proportion)
+        ends = interval(values, *(valid[unit] for unit in kinds_of(group, units)), proportion=proportion)
         rows.append((*key, len(valid), float((~group["valid"]).mean()), float(values.mean()), *np.clip(ends, -1, 1)))
     return pd.DataFrame(rows, columns=[*by, "n", "invalid", "rate", "low", "high"])
 
@@ -140,8 +151,8 @@ def drift_table(
 
 
 def unit_changes(decisions: pd.DataFrame, value: str, units: Sequence[str] = ("environment",)) -> pd.Series:
-    """Last round's mean minus the first's of each unit that has both; empty with one round only."""
-    means = _unit_means(decisions, value, "round", units)
+    """Last round's mean minus the first's of each unit (`kinds_of`) that has both; empty with one round only."""
+    means = _means(decisions, value, [*kinds_of(decisions, units), "round"]).unstack("round")
     first, last = decisions["round"].min(), decisions["round"].max()
     known = len(decisions) > 0 and first < last and {first, last} <= set(means.columns)
     return (means[last] - means[first] if known else means.iloc[:0].sum(axis=1)).dropna()
@@ -155,21 +166,32 @@ def benefit_table(
     Negative means that training made the agent keep the rule more often. Columns: model, arm, benefit, low, high; NaN
     where no unit has both. A model without a base arm has no rows.
     """
-    rows = []
-    for model, group in decisions[decisions["round"] == decisions["round"].min()].groupby("model", observed=True):
-        means = _unit_means(group, value, "arm", units)
-        arms = set(group["arm"])
-        for arm in sorted(arms - {"base"}) if "base" in arms else []:
-            known = {arm, "base"} <= set(means.columns)
-            changes = means[arm] - means["base"] if known else means.iloc[:0].sum(axis=1)
-            rows.append((model, arm, *mean_interval(changes)))
+    rows = [
+        (model, arm, *mean_interval(changes))
+        for model, group in decisions.groupby("model", observed=True)
+        for arm, changes in against_base(group, value, units)
+    ]
     return pd.DataFrame(rows, columns=["model", "arm", "benefit", "low", "high"])
 
 
-def _unit_means(decisions: pd.DataFrame, value: str, key: str, units: Sequence[str]) -> pd.DataFrame:
-    """Means of the valid decisions: a row a unit (or a pair of units), a column a ``key``."""
-    valid = decisions[decisions["valid"]]
-    return valid.groupby([*units, key], observed=True)[value].mean().astype(float).unstack(key)
+def against_base(
+    decisions: pd.DataFrame, value: str, units: Sequence[str] = ("environment",)
+) -> Iterator[tuple[str, pd.Series]]:
+    """Each aligned arm, and its first round's means by unit (`kinds_of`) less those of the base arm; none without one.
+
+    The base has no training: each of an arm's is compared with the same.
+    """
+    arms = dict(list(decisions[decisions["round"] == decisions["round"].min()].groupby("arm", observed=True)))
+    base = arms.pop("base", None)
+    for arm, own in arms.items() if base is not None else []:
+        means, before = _means(own, value, kinds_of(own, units)), _means(base, value, units)
+        alike = means.index.droplevel("training_seed") if "training_seed" in means.index.names else means.index
+        yield arm, means - before.reindex(alike).to_numpy()
+
+
+def _means(decisions: pd.DataFrame, value: str, by: Sequence[str]) -> pd.Series:
+    """Means of the valid decisions."""
+    return decisions[decisions["valid"]].groupby(list(by), observed=True)[value].mean().astype(float)
 
 
 def mean_interval(changes: pd.Series, most: float = 1) -> tuple[float, float, float]:

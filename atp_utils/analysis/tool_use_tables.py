@@ -96,7 +96,7 @@ def cost_per_solved(decisions: pd.DataFrame, kind: str = "complex", by: Sequence
         solved, cost = group["solved"].sum(), group["cost"].sum()
         low, high = float("nan"), float("nan")
         if solved:
-            kinds = (group[unit] for unit in UNITS)
+            kinds = (group[unit] for unit in stats.kinds_of(group, UNITS))
             least, most = stats.interval(group["solved"].astype(float), *kinds, weights=group["cost"], proportion=False)
             low, high = 1 / most, float("inf") if least <= 0 else 1 / least
         table.append((*key, len(group), int(solved), cost / solved if solved else float("inf"), low, high))

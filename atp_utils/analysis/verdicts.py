@@ -39,7 +39,8 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for key, group in decisions.groupby(KEYS, sort=True, observed=True):
         group, units = with_units(group, key[0])
-        value = stats.value_of(group)
+        # By what all conditions have: one that was played with fewer trainings is compared unit by unit all the same.
+        units, value = stats.kinds_of(group, units), stats.value_of(group)
         changes = {
             name: stats.unit_changes(group[group["condition"] == name], value, units) for name in (STANDARD, CONTROL)
         }
@@ -91,7 +92,7 @@ def conditions(decisions: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for key, group in stats.lived(decisions).groupby(KEYS, sort=True, observed=True):
         group, units = with_units(group, key[0])
-        value = stats.value_of(group)
+        units, value = stats.kinds_of(group, units), stats.value_of(group)
         standard = stats.unit_changes(group[group["condition"] == STANDARD], value, units)
         for name, own in group.groupby("condition", sort=False, observed=True):
             changes = stats.unit_changes(own, value, units)
@@ -113,11 +114,9 @@ def erosion(decisions: pd.DataFrame) -> pd.DataFrame:
     for (scenario, model), group in stats.standard(decisions).groupby(["scenario", "model"], sort=True, observed=True):
         group, units = with_units(group, scenario)
         value = stats.value_of(group)
-        start = group[group["round"] == group["round"].min()]
-        first = start.groupby([*units, "arm"], observed=True)[value].mean().astype(float).unstack("arm")
-        for arm in sorted(set(group["arm"]) - {"base"}) if "base" in set(group["arm"]) else []:
+        for arm, change in stats.against_base(group, value, units):
             lost = stats.unit_changes(group[group["arm"] == arm], value, units).astype(float)
-            both = pd.DataFrame({"lost": lost, "gained": first["base"] - first[arm]}).dropna()
+            both = pd.DataFrame({"lost": lost, "gained": -change}).dropna()
             rows.append((scenario, model, arm, *_fieller(both)))
     return pd.DataFrame(rows, columns=[*KEYS, "erosion", "low", "high"])
 
@@ -125,15 +124,19 @@ def erosion(decisions: pd.DataFrame) -> pd.DataFrame:
 def _fieller(both: pd.DataFrame) -> tuple[float, float, float]:
     """Ratio of two means, paired by row of units, with Fieller's interval."""
     nan = float("nan")
-    lost, gained = both["lost"].mean(), both["gained"].mean()
-    if len(both) < 3 or gained == 0:
+    if both.empty or not (gained := both["gained"].mean()):
         return nan, nan, nan
-    (v_lost, v_both), (_, v_gained) = both.cov().to_numpy() / len(both)
-    square = t.ppf(1 - ALPHA / 2, len(both) - 1) ** 2
+    kinds = stats.levels(both["lost"])
+    changes = {"lost": both["lost"], "gained": both["gained"], "difference": both["lost"] - both["gained"]}
+    errors = {name: stats.estimate(values, *kinds)[1] for name, values in changes.items()}
+    v_lost, v_gained, v_difference = (errors[name] ** 2 for name in changes)
+    v_both = (v_lost + v_gained - v_difference) / 2
+    freedom = min(len(set(kind)) for kind in kinds) - 1
+    ratio = both["lost"].mean() / gained
+    square = t.ppf(1 - ALPHA / 2, freedom) ** 2 if freedom > 1 else nan
     g = square * v_gained / gained**2
-    if g >= 1:
-        return float(lost / gained), nan, nan
-    ratio = lost / gained
+    if not g < 1:
+        return float(ratio), nan, nan
     middle = ratio - g * v_both / v_gained if v_gained else ratio
     inside = (
         v_lost - 2 * ratio * v_both + ratio**2 * v_gained - g * (v_lost - (v_both**2 / v_gained if v_gained else 0))
@@ -156,6 +159,6 @@ def time_to_tip(decisions: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for key, group in kept.groupby([*KEYS, "condition", "round"], sort=True, observed=True):
         group, units = with_units(group, key[0])
-        ends = stats.interval(group["kept"].astype(float), *(group[unit] for unit in units))
+        ends = stats.interval(group["kept"].astype(float), *(group[unit] for unit in stats.kinds_of(group, units)))
         rows.append((*key, len(group), float(group["kept"].mean()), *ends))
     return pd.DataFrame(rows, columns=[*KEYS, "condition", "round", "n", "rate", "low", "high"])

@@ -26,7 +26,7 @@ RECORD = Path("/run/atp-slurm/jobs.log")
 MODEL = "smollm2-135m"
 FAILS, TOO_LONG = f"align/collusion_{MODEL}_grpo", f"align/role_play_{MODEL}_dpo"
 CUT_TRAINING, CUT_EVOLUTION = f"align/tool_use_{MODEL}_dpo", f"evolve/role_play_{MODEL}_standard_base"
-CHECKPOINTS = RUN / f"adapters/tool_use/{MODEL}/dpo/checkpoints/here"
+CHECKPOINTS = RUN / f"adapters/tool_use/{MODEL}/dpo-0/checkpoints/here"
 REPLIES = RUN / f"evolution/role_play/{MODEL}/standard/base/replies.jsonl"
 MARK = 123.0
 
