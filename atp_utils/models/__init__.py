@@ -12,9 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -31,7 +29,6 @@ def quiet() -> None:
     """Keep the libraries' own progress bars, deprecations and advice out of notebooks."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # PEFT looks for the base model's configuration on the hub when it saves an adapter; it can do without.
     warnings.filterwarnings("ignore", message="Unable to fetch remote file", category=UserWarning)
@@ -101,6 +98,8 @@ def load(name: str, adapter: str | Path | None = None, dtype: str | torch.dtype 
         check_adapter(resolve(adapter), name)
     model = load_weights(name, dtype, "auto" if torch.cuda.is_available() else None)
     if adapter is not None:
+        from peft import PeftModel  # takes seconds to import, and the base arm does without
+
         model = PeftModel.from_pretrained(model, resolve(adapter)).merge_and_unload()
     return model.eval()
 

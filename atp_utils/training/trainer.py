@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import PrinterCallback, TrainerCallback, set_seed
@@ -155,6 +155,7 @@ def fit(out: Path, given: Any, rows: list[dict], report: Callable[[int], None]) 
     ``report`` is told how many steps are done.
     """
     models.quiet()
+    disable_progress_bars()
     # A launcher's own: checkpoints of sharded trainings can't be read by others.
     checkpoints = out / CHECKPOINTS / (Path(given.launcher).stem or "here")
     prefers = isinstance(given, parameters.Dpo)
