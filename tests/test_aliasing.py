@@ -71,6 +71,18 @@ def test_either_label_and_place_is_the_colluding_one_in_half_of_any_cell_of_any_
                     assert abs(signs(part, which).sum()) <= 1, which
 
 
+@settings(max_examples=50, deadline=None)
+@given(number=st.integers(1, 7), thresholds=subsets(range(1, 9)), payoffs=subsets(PAYOFFS))
+def test_under_both_names_no_cell_favours_a_label(number, thresholds, payoffs):
+    grid = make_grid(GAMES[:number], thresholds=thresholds, payoffs=payoffs, both_names=True)
+    for part in cells(grid, FACTORS.values()):
+        one, other = part
+        assert signs(part, "label").sum() == 0 and (one.deviant, one.compliant) == (other.compliant, other.deviant)
+        # The place of colluding stays, so that the name is all that differs.
+        assert signs([one], "place") == signs([other], "place") and one.means == other.means
+    assert len({item.id for item in grid}) == len(grid)
+
+
 @pytest.mark.parametrize("which", SIGNS)
 def test_the_papers_grid_has_no_factor_that_goes_with_label_or_place(which):
     grid = make_grid(GAMES)

@@ -148,7 +148,7 @@ NOTEBOOKS = "  01_generate_data: {seed: 1}\n"
             "  04_evolve_role_play/standard: {rounds: 3}\nconditions: {role_play: [caught]}",
             "04_evolve_role_play/standard: conditions doesn't list it for role_play",
         ),
-        ("  02_align_dpo:\n    seed: 1\n    learning_rate: .inf", "learning_rate: .*finite"),
+        ("  02_align_dpo:\n    beta: 1\n    learning_rate: .inf", "learning_rate: .*finite"),
         ("  02_align_dpo: {learning_rate: -.inf}", "learning_rate: .*finite"),
         ("  02_align_dpo: {beta: .nan}", "beta: .*finite"),
         ("  02_align_dpo: {beta: true}", "beta: .*not true or false"),
@@ -232,10 +232,10 @@ def test_model_settings_win_over_scenario_over_notebook(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
         PROFILE.replace("{smollm2-135m: {}}", "{m: {02_align_dpo/role_play: {beta: 3}}}")
-        + "  02_align_dpo: {beta: 1, seed: 5, lora_rank: 4}\n  02_align_dpo/role_play: {beta: 2, seed: 6}\n"
+        + "  02_align_dpo: {beta: 1, max_steps: 5, lora_rank: 4}\n  02_align_dpo/role_play: {beta: 2, max_steps: 6}\n"
     )
     profile = read_profile(str(path))
-    assert profile.given("02_align_dpo", "role_play", "m") == {"beta": 3, "seed": 6, "lora_rank": 4}
+    assert profile.given("02_align_dpo", "role_play", "m") == {"beta": 3, "max_steps": 6, "lora_rank": 4}
     assert profile.parameters("02_align_dpo", "role_play", "n").beta == 2
 
 

@@ -36,8 +36,8 @@ class Collusion(Scenario):
         return telling.scene(item, DEFAULT, protocol).opening(1, turned)
 
     def test_items(self, parameters: Evolution) -> list[Item]:
-        settings = {"thresholds": parameters.thresholds, "payoffs": parameters.payoffs}
-        grid = items.make_grid(items.read_games(), agents=parameters.agents, **settings)
+        settings = parameters.model_dump(include={"agents", "thresholds", "payoffs", "both_names"})
+        grid = items.make_grid(items.read_games(), **settings)
         return self.fold(grid, parameters, inside=True)
 
     def environments(self, data: Any) -> list[str]:

@@ -15,7 +15,7 @@ from atp_utils.scenarios import base
 from atp_utils.scenarios.collusion import telling
 from atp_utils.scenarios.collusion.items import Item, incentive_ratio
 from atp_utils.scenarios.collusion.telling import Condition
-from atp_utils.support.values import Distinct, Natural, Positive, Real, option
+from atp_utils.support.values import Distinct, Flag, Natural, Positive, Real, option
 
 
 class Evolution(base.Evolution):
@@ -27,6 +27,7 @@ class Evolution(base.Evolution):
     payoffs: Annotated[
         list[Annotated[list[Real], Field(min_length=3, max_length=3)]], Field(min_length=1), Distinct
     ] = option([[1.2, 1.0, 0.8]], "factors of capital: r_high, r_medium, r_low")
+    both_names: Flag = option(False, "whether each game is played twice, either name standing for colluding")
     condition: Condition = option("standard", base.CONDITION)
     memory: Memory = option("turns", "how agents remember: turns of the chat, or counts")
     visibility: Literal["choices", "full replies"] = option("choices", "what agents see of each other")

@@ -129,12 +129,14 @@ def make_grid(
     agents: int = 8,
     thresholds: Sequence[int] = THRESHOLDS,
     payoffs: Sequence[Sequence[float]] = PAYOFFS,
+    both_names: bool = False,
 ) -> list[Item]:
     """Test items: every game in every setting of thresholds x payoffs (Appendix B: 20 settings, 140 items).
 
     Either name colludes in half of the items and colluding is named first in half, give or take one: of all items, of
-    those of a game, a threshold or a triple of payoffs, and of any two of these together. Raises ValueError for a
-    setting that can't be played.
+    those of a game, a threshold or a triple of payoffs, and of any two of these together. With ``both_names`` each is
+    there twice, either name standing for colluding, so that no cell owes its rate to names that a model favours. Raises
+    ValueError for a setting that can't be played.
     """
     items = []
     corners = [_corners(place, len(thresholds), len(payoffs)) for place in range(len(games))]
@@ -143,8 +145,11 @@ def make_grid(
             check_setting(agents, threshold, triple)
             for place, game in enumerate(games):
                 name = "-".join([game.name, f"n{agents}", f"k{threshold}", *(f"{factor:g}" for factor in triple)])
-                corner = corners[place][row][column]
-                items.append(_item(game, "test", name, corner, agents, threshold, tuple(map(float, triple))))
+                label, first = corners[place][row][column]
+                setting = (agents, threshold, tuple(map(float, triple)))
+                items.append(_item(game, "test", name, (label, first), *setting))
+                if both_names:
+                    items.append(_item(game, "test", f"{name}-renamed", (1 - label, first), *setting))
     return items
 
 
