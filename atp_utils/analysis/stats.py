@@ -141,7 +141,7 @@ def drift_table(
 
 def unit_changes(decisions: pd.DataFrame, value: str, units: Sequence[str] = ("environment",)) -> pd.Series:
     """Last round's mean minus the first's of each unit that has both; empty with one round only."""
-    means = _unit_means(decisions, value, "round", units)
+    means = unit_means(decisions, value, "round", units)
     first, last = decisions["round"].min(), decisions["round"].max()
     known = len(decisions) > 0 and first < last and {first, last} <= set(means.columns)
     return (means[last] - means[first] if known else means.iloc[:0].sum(axis=1)).dropna()
@@ -157,16 +157,15 @@ def benefit_table(
     """
     rows = []
     for model, group in decisions[decisions["round"] == decisions["round"].min()].groupby("model", observed=True):
-        means = _unit_means(group, value, "arm", units)
-        arms = set(group["arm"])
-        for arm in sorted(arms - {"base"}) if "base" in arms else []:
-            known = {arm, "base"} <= set(means.columns)
-            changes = means[arm] - means["base"] if known else means.iloc[:0].sum(axis=1)
-            rows.append((model, arm, *mean_interval(changes)))
+        arms = sorted(set(group["arm"]))
+        means = unit_means(group, value, "arm", units).reindex(columns=arms)
+        for arm in arms if "base" in arms else ():
+            if arm != "base":
+                rows.append((model, arm, *mean_interval(means[arm] - means["base"])))
     return pd.DataFrame(rows, columns=["model", "arm", "benefit", "low", "high"])
 
 
-def _unit_means(decisions: pd.DataFrame, value: str, key: str, units: Sequence[str]) -> pd.DataFrame:
+def unit_means(decisions: pd.DataFrame, value: str, key: str, units: Sequence[str]) -> pd.DataFrame:
     """Means of the valid decisions: a row a unit (or a pair of units), a column a ``key``."""
     valid = decisions[decisions["valid"]]
     return valid.groupby([*units, key], observed=True)[value].mean().astype(float).unstack(key)

@@ -113,12 +113,13 @@ def erosion(decisions: pd.DataFrame) -> pd.DataFrame:
     for (scenario, model), group in stats.standard(decisions).groupby(["scenario", "model"], sort=True, observed=True):
         group, units = with_units(group, scenario)
         value = stats.value_of(group)
-        start = group[group["round"] == group["round"].min()]
-        first = start.groupby([*units, "arm"], observed=True)[value].mean().astype(float).unstack("arm")
-        for arm in sorted(set(group["arm"]) - {"base"}) if "base" in set(group["arm"]) else []:
-            lost = stats.unit_changes(group[group["arm"] == arm], value, units).astype(float)
-            both = pd.DataFrame({"lost": lost, "gained": first["base"] - first[arm]}).dropna()
-            rows.append((scenario, model, arm, *_fieller(both)))
+        start, arms = group[group["round"] == group["round"].min()], sorted(set(group["arm"]))
+        first = stats.unit_means(start, value, "arm", units).reindex(columns=arms)
+        for arm in arms if "base" in arms else ():
+            if arm != "base":
+                lost = stats.unit_changes(group[group["arm"] == arm], value, units)
+                both = pd.DataFrame({"lost": lost, "gained": first["base"] - first[arm]}).dropna()
+                rows.append((scenario, model, arm, *_fieller(both)))
     return pd.DataFrame(rows, columns=[*KEYS, "erosion", "low", "high"])
 
 
@@ -129,17 +130,12 @@ def _fieller(both: pd.DataFrame) -> tuple[float, float, float]:
     if len(both) < 3 or gained == 0:
         return nan, nan, nan
     (v_lost, v_both), (_, v_gained) = both.cov().to_numpy() / len(both)
-    square = t.ppf(1 - ALPHA / 2, len(both) - 1) ** 2
-    g = square * v_gained / gained**2
-    if g >= 1:
-        return float(lost / gained), nan, nan
-    ratio = lost / gained
-    middle = ratio - g * v_both / v_gained if v_gained else ratio
-    inside = (
-        v_lost - 2 * ratio * v_both + ratio**2 * v_gained - g * (v_lost - (v_both**2 / v_gained if v_gained else 0))
-    )
-    half = np.sqrt(square * max(inside, 0)) / abs(gained)
-    return float(ratio), float((middle - half) / (1 - g)), float((middle + half) / (1 - g))
+    ratio, k = lost / gained, (t.ppf(1 - ALPHA / 2, len(both) - 1) / gained) ** 2
+    if k * v_gained >= 1:
+        return float(ratio), nan, nan
+    inside = v_lost - 2 * ratio * v_both + ratio**2 * v_gained - k * (v_lost * v_gained - v_both**2)
+    middle, half = ratio - k * v_both, np.sqrt(k * max(inside, 0))
+    return float(ratio), *((middle + np.array([-half, half])) / (1 - k * v_gained)).tolist()
 
 
 def time_to_tip(decisions: pd.DataFrame) -> pd.DataFrame:
