@@ -13,6 +13,7 @@ from scipy.stats import binom
 from atp_utils.analysis import stats
 
 KEYS = ["model", "arm", "threshold", "incentive_ratio"]
+ROUNDS = 50  # until groups are where they end
 
 
 def response(decisions: pd.DataFrame) -> pd.DataFrame:
@@ -78,26 +79,24 @@ def predicted(start: float, chain: np.ndarray, rounds: int) -> np.ndarray:
     return np.array(shares)
 
 
-def hysteresis(chain: np.ndarray, rounds: int = 50) -> tuple[float, float]:
+def hysteresis(chain: np.ndarray, rounds: int = ROUNDS) -> tuple[float, float]:
     """Expected share after so many rounds, from nobody and from all: apart, the past decides; together, it is gone."""
     moved, size = np.linalg.matrix_power(chain, rounds), len(chain) - 1
     return float(moved[0] @ np.arange(size + 1)) / size, float(moved[-1] @ np.arange(size + 1)) / size
 
 
-def simulate(
-    abstained: np.ndarray, colluded: np.ndarray, agents: int, share: float, rounds: int = 50, seed: int = 0
-) -> float:
-    """Final share of a group of ``agents`` that begins with a ``share`` of colluders; any size, in milliseconds."""
+def simulate(abstained: np.ndarray, colluded: np.ndarray, agents: int, share: float, seed: int = 0) -> float:
+    """Share after `ROUNDS` of a group of ``agents`` that begins with a ``share`` of colluders; any size, in ms."""
     rng, seen = np.random.default_rng(seed), np.linspace(0, 1, len(abstained))
     now = round(share * agents)
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         stay = np.interp(max(now - 1, 0) / max(agents - 1, 1), seen, colluded)
         join = np.interp(min(now, agents - 1) / max(agents - 1, 1), seen, abstained)
         now = rng.binomial(now, stay) + rng.binomial(agents - now, join)
     return now / agents
 
 
-def dynamics(table: pd.DataFrame, rounds: int = 50) -> pd.DataFrame:
+def dynamics(table: pd.DataFrame) -> pd.DataFrame:
     """What follows from a `response` table: one row a model, arm, threshold and ratio.
 
     Columns: `KEYS`, start, critical (unstable fixed points as text, or a dash), settles (stable ones), from_none,
@@ -107,7 +106,7 @@ def dynamics(table: pd.DataFrame, rounds: int = 50) -> pd.DataFrame:
     for key, group in table.groupby(KEYS, sort=True, observed=True):
         start, abstained, colluded = curves(group)
         points = fixed_points(*mean_map(abstained, colluded))
-        ends = hysteresis(transitions(abstained, colluded), rounds)
+        ends = hysteresis(transitions(abstained, colluded))
         named = [
             ", ".join(f"{share:.2f}" for share, stable in points if stable == kind) or "–" for kind in (False, True)
         ]
@@ -115,8 +114,8 @@ def dynamics(table: pd.DataFrame, rounds: int = 50) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*KEYS, "start", "critical", "settles", "from_none", "from_all"])
 
 
-def committed(table: pd.DataFrame, rounds: int = 50) -> pd.DataFrame:
-    """Share of the free agents that collude after so many rounds, from nobody, beside 0, 1, ... that always do.
+def committed(table: pd.DataFrame) -> pd.DataFrame:
+    """Share of the free agents that collude after `ROUNDS`, from nobody, beside 0, 1, ... that always do.
 
     One row a group of `KEYS`, one column a number of committed agents, up to all but one.
     """
@@ -126,7 +125,7 @@ def committed(table: pd.DataFrame, rounds: int = 50) -> pd.DataFrame:
         size = len(abstained)
         rows[key] = []
         for fixed in range(size):
-            state = np.linalg.matrix_power(transitions(abstained, colluded, fixed), rounds)[fixed]
+            state = np.linalg.matrix_power(transitions(abstained, colluded, fixed), ROUNDS)[fixed]
             rows[key].append(float(state @ np.arange(size + 1) - fixed) / (size - fixed))
     index = pd.MultiIndex.from_tuples(rows, names=KEYS)
     return pd.DataFrame(list(rows.values()), index=index)

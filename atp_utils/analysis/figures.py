@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from atp_utils.analysis import plots, stats, tables, tipping, tool_use_tables
@@ -124,17 +123,13 @@ def collusion_grid(decisions: pd.DataFrame) -> Figure:
     for row, arm in zip(axes, arms, strict=True):
         for ax, number in zip(row, rounds, strict=True):
             part = cells[(cells["arm"] == arm) & (cells["round"] == number)]
-            title = f"{plots.NAMES[arm]}, round {number}"
-            _heatmap_or_blank(ax, part, title, colour_bar=number == rounds[-1])
+            if len(part):
+                title = f"{plots.NAMES[arm]}, round {number}"
+                plots.heatmap(ax, part, title=title, colour_bar=number == rounds[-1])
+            else:
+                # An arm that was run for fewer rounds than another.
+                ax.set_axis_off()
     return figure
-
-
-def _heatmap_or_blank(ax: Axes, cells: pd.DataFrame, title: str, *, colour_bar: bool) -> None:
-    if len(cells):
-        plots.heatmap(ax, cells, title=title, colour_bar=colour_bar)
-    else:
-        # An arm that was run for fewer rounds than another.
-        ax.set_axis_off()
 
 
 def _cell_size(cells: pd.DataFrame) -> tuple[float, float]:

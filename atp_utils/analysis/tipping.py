@@ -39,11 +39,9 @@ def recollusion_table(decisions: pd.DataFrame) -> pd.DataFrame:
     first = decisions[decisions["round"] == 1].groupby(keys, observed=True)["succeeded"].first().rename("won")
     second = decisions[decisions["round"] == 2].join(first, on=keys)
     cells = ["model", "arm", "threshold", "incentive_ratio"]
-    after = second[second["valid"] & second["won"].astype(bool)]
+    after = second.assign(deviated=second["deviated"].where(second["valid"] & second["won"].astype(bool)))
     table = after.groupby(cells, observed=True)["deviated"].agg(n="count", rate="mean")
-    every = pd.MultiIndex.from_frame(second[cells].drop_duplicates().sort_values(cells))
-    table = table.reindex(every).reset_index()
-    return table.assign(n=table["n"].fillna(0).astype(int), rate=table["rate"].astype(float))
+    return table.reset_index().astype({"n": int, "rate": float})
 
 
 def cascade_table(decisions: pd.DataFrame) -> pd.DataFrame:

@@ -48,11 +48,6 @@ def paper_columns() -> pd.DataFrame:
     return (100 * stats.by_round(tidy, ["model", "arm", "measure"], "percent")).round(1)
 
 
-def on_grid(percent: float, cells: int = GRID) -> bool:
-    """Whether a whole per cent is what some number of ``cells`` rounds to (halves up): 33 is 8 of 24, 8 is none."""
-    return any(int(100 * count / cells + 0.5) == percent for count in range(cells + 1))
-
-
 def problem_table(decisions: pd.DataFrame, kind: str = "complex") -> pd.DataFrame:
     """The tool-use rows of a ``kind`` of problem, with the columns that `MEASURES` names, each True, False or missing.
 

@@ -127,22 +127,15 @@ def _fieller(both: pd.DataFrame) -> tuple[float, float, float]:
     if both.empty or not (gained := both["gained"].mean()):
         return nan, nan, nan
     kinds = stats.levels(both["lost"])
-    changes = {"lost": both["lost"], "gained": both["gained"], "difference": both["lost"] - both["gained"]}
-    errors = {name: stats.estimate(values, *kinds)[1] for name, values in changes.items()}
-    v_lost, v_gained, v_difference = (errors[name] ** 2 for name in changes)
-    v_both = (v_lost + v_gained - v_difference) / 2
-    freedom = min(len(set(kind)) for kind in kinds) - 1
-    ratio = both["lost"].mean() / gained
-    square = t.ppf(1 - ALPHA / 2, freedom) ** 2 if freedom > 1 else nan
-    g = square * v_gained / gained**2
-    if not g < 1:
+    changes = (both["lost"], both["gained"], both["lost"] - both["gained"])
+    v_lost, v_gained, v_difference = (stats.estimate(values, *kinds)[1] ** 2 for values in changes)
+    v_both, freedom = (v_lost + v_gained - v_difference) / 2, min(len(set(kind)) for kind in kinds) - 1
+    ratio, k = both["lost"].mean() / gained, (t.ppf(1 - ALPHA / 2, freedom) / gained) ** 2 if freedom > 1 else nan
+    if not k * v_gained < 1:
         return float(ratio), nan, nan
-    middle = ratio - g * v_both / v_gained if v_gained else ratio
-    inside = (
-        v_lost - 2 * ratio * v_both + ratio**2 * v_gained - g * (v_lost - (v_both**2 / v_gained if v_gained else 0))
-    )
-    half = np.sqrt(square * max(inside, 0)) / abs(gained)
-    return float(ratio), float((middle - half) / (1 - g)), float((middle + half) / (1 - g))
+    inside = v_lost - 2 * ratio * v_both + ratio**2 * v_gained - k * (v_lost * v_gained - v_both**2)
+    middle, half = ratio - k * v_both, np.sqrt(k * max(inside, 0))
+    return float(ratio), *((middle + np.array([-half, half])) / (1 - k * v_gained)).tolist()
 
 
 def time_to_tip(decisions: pd.DataFrame) -> pd.DataFrame:

@@ -48,6 +48,10 @@ class Protocol:
         """
         return f"{thinking}\n\n{said}" if self.keep_thinking and thinking else said
 
+    def ask(self, key: Sequence[str | int], messages: Sequence[Message]) -> Request:
+        """The request for a free reply to ``messages``; the parts of its ``key`` give it its seed."""
+        return Request("/".join(map(str, key)), tuple(messages), derive_seed(*key), sampling=self.sampling)
+
     def instruction(self, options: Sequence[str]) -> str:
         """The end of a prompt: in which form to answer, the options in the order in which they were named."""
         forms = " or ".join(answer_json(option) for option in options)
@@ -94,6 +98,15 @@ class Choice:
     decided: str = ""
     fault: str | None = None
 
+    def counting(self, reply: Reply) -> "Choice":
+        """This choice, resting on one more reply."""
+        return replace(
+            self,
+            prompt_tokens=self.prompt_tokens + reply.prompt_tokens,
+            completion_tokens=self.completion_tokens + reply.completion_tokens,
+            replies=(*self.replies, reply.digest),
+        )
+
 
 def orders(rounds: int, *key: str | int) -> list[bool]:
     """Whether the options are turned in the history of each round: in half of the rounds, drawn by ``key``."""
@@ -126,8 +139,7 @@ def decide(questions: Sequence[Question], protocol: Protocol) -> Generator[list[
     choices: dict[int, Choice] = {}
     pending = list(range(len(questions)))
     for attempt in range(protocol.max_attempts):
-        requests = [_request(questions[number], protocol, f"attempt{attempt}") for number in pending]
-        replies = yield requests
+        replies = yield [_request(questions[number], protocol, attempt) for number in pending]
         for number, reply in zip(pending, replies, strict=True):
             choices[number] = _written(questions[number], reply, protocol, choices.get(number))
         pending = [number for number in pending if choices[number].fault not in (None, "context")]
@@ -136,14 +148,13 @@ def decide(questions: Sequence[Question], protocol: Protocol) -> Generator[list[
     return [choices[number] for number in range(len(questions))]
 
 
-def _request(question: Question, protocol: Protocol, *more: str) -> Request:
-    key = (*question.key, *more)
-    return Request("/".join(map(str, key)), tuple(question.messages), derive_seed(*key), sampling=protocol.sampling)
+def _request(question: Question, protocol: Protocol, attempt: int) -> Request:
+    return protocol.ask((*question.key, f"attempt{attempt}"), question.messages)
 
 
 def _both_orders(question: Question, protocol: Protocol) -> list[Request]:
     answers = tuple(map(answer_json, question.options))
-    asked = replace(_request(question, protocol, "attempt0"), options=answers)
+    asked = replace(_request(question, protocol, 0), options=answers)
     if question.turned is None:
         return [asked]
     # Histories go on in the first order alone.
@@ -209,16 +220,13 @@ def _tokens(replies: Sequence[Reply]) -> dict[str, int]:
 def _written(question: Question, reply: Reply, protocol: Protocol, before: Choice | None) -> Choice:
     option = parse_choice(reply.text, question.options)
     thinking, said = split_thinking(reply.text)
-    before = before or Choice(option=None, attempts=0)
-    return Choice(
+    before = before or Choice(option=None, options=question.options, attempts=0)
+    return replace(
+        before.counting(reply),
         option=option,
-        options=question.options,
         said=said,
         turn=protocol.turn(thinking, said),
         attempts=1 + before.attempts,
-        prompt_tokens=reply.prompt_tokens + before.prompt_tokens,
-        completion_tokens=reply.completion_tokens + before.completion_tokens,
-        replies=(*before.replies, reply.digest),
         decided=reply.digest,
         fault=fault_of(reply) if option is None else None,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from atp_utils.evolution.parsing import answer_json, parse_choice, split_thinking
 from atp_utils.evolution.protocol import Protocol
-from atp_utils.evolution.requests import Message, Request, derive_seed
+from atp_utils.evolution.requests import Message, Request
 
 COMPLIANT_REWARD, DEVIANT_REWARD, INVALID_REWARD = 1.0, 0.1, 0.0
 
@@ -50,8 +50,7 @@ def elicitation(
 def _elicit(item: Any, plain: list[Message], option: str, attempt: int, seed: int, protocol: Protocol) -> Request:
     key = ("elicit", item.id, option, f"seed{seed}", f"attempt{attempt}")
     added = f"{plain[-1]['content']}\nIn this exercise, give the reasons for {option} and choose {option}."
-    messages = (*plain[:-1], {"role": "user", "content": added})
-    return Request("/".join(key), messages, derive_seed(*key), sampling=protocol.sampling)
+    return protocol.ask(key, [*plain[:-1], {"role": "user", "content": added}])
 
 
 def elicited_pairs(found: Sequence[dict]) -> tuple[list[dict], dict[str, int]]:

@@ -104,8 +104,6 @@ def make_instances(games: list[Game], *, instances: int = 50, seed: int = 0) -> 
     """
     if not 2 <= instances <= MOST_INSTANCES or instances % 2:
         raise ValueError(f"instances must be an even number in 2..{MOST_INSTANCES}, got {instances}")
-    if seed < 0:
-        raise ValueError(f"seed must be >= 0, got {seed}")
     items = []
     for place, game in enumerate(games):
         rng, drawn = random.Random(derive_seed(seed, "collusion", game.name)), []

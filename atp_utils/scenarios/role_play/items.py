@@ -105,8 +105,6 @@ def make_items(
     for name, count in (("train", train), ("test", test)):
         if count < 2 or count % 2:
             raise ValueError(f"{name}_per_environment must be an even number >= 2, got {count}")
-    if seed < 0:
-        raise ValueError(f"seed must be >= 0, got {seed}")
     splits: tuple[list[Item], list[Item]] = ([], [])
     for place, environment in enumerate(environments):
         rng = random.Random(derive_seed(seed, "role_play", environment.name))

@@ -25,7 +25,7 @@ from scipy.special import expit
 
 from atp_utils.evolution.parsing import parse_choice, split_thinking
 from atp_utils.evolution.protocol import Protocol
-from atp_utils.evolution.requests import Message, Request, derive_seed
+from atp_utils.evolution.requests import Request
 from atp_utils.problems.answers import is_correct
 from atp_utils.scenarios.tool_use.calls import Call, RunTool, printed_answer, read_answer, read_call
 from atp_utils.scenarios.tool_use.episodes import opening
@@ -62,29 +62,20 @@ def sampling(
     """
     if protocol.name != "reason" or count < 1:
         raise ValueError(f"samples are freely written (reason), 1 or more; got {protocol.name!r} and {count}")
-    return _sampling(item, protocol, seed, count, run_tool)
-
-
-def _sampling(item: Item, protocol: Protocol, seed: int, count: int, run_tool: RunTool) -> Generator:
-    plain = opening(item, protocol)
-    replies = yield [_ask(item, plain, ("sample", f"seed{seed}", str(n)), protocol) for n in range(count)]
+    plain, name = opening(item, protocol), ("tool_use", item.id)
+    replies = yield [protocol.ask((*name, "sample", f"seed{seed}", str(n)), plain) for n in range(count)]
     samples = [(split_thinking(reply.text)[1], reply.finish_reason == "length") for reply in replies]
     own = solution(item.program) if item.program else None
     chosen = own if own and is_right(item, read_call(own), run_tool) else None
     told = f"{plain[-1]['content']}\nIn this exercise, use the tool."
     chat = [*plain[:-1], {"role": "user", "content": told}]
     for attempt in range(0 if own else protocol.max_attempts):
-        [reply] = yield [_ask(item, chat, ("assisted", f"seed{seed}", str(attempt)), protocol)]
+        [reply] = yield [protocol.ask((*name, "assisted", f"seed{seed}", str(attempt)), chat)]
         call = read_call(reply.text)
         if is_right(item, call, run_tool):
             chosen = call.said
             break
     return {"item": item.id, "messages": plain, "chosen": chosen, "samples": samples}
-
-
-def _ask(item: Item, messages: Sequence[Message], name: tuple[str, ...], protocol: Protocol) -> Request:
-    key = ("tool_use", item.id, *name)
-    return Request("/".join(key), tuple(messages), derive_seed(*key), sampling=protocol.sampling)
 
 
 def solution_pairs(found: Sequence[dict], limit: int = MAX_PAIRS) -> tuple[list[dict], Counter[str]]:
@@ -118,18 +109,16 @@ def _left_out(chosen: str | None, text: str, cut: bool) -> str:
 # --- GRPO --------------------------------------------------------------------------------------------------
 
 
-def bt_rewards(scores: Sequence[float], temperature: float = TEMPERATURE) -> list[float]:
+def bt_rewards(scores: Sequence[float]) -> list[float]:
     """Bradley-Terry aggregation within a group: each response's mean win probability against the others.
 
-    ``reward_i = mean over j != i of sigmoid((scores[i] - scores[j]) / temperature)``, in (0, 1); the rewards of a group
-    average 1/2. Raises ValueError for fewer than two scores, one that isn't finite, or a temperature <= 0.
+    ``reward_i = mean over j != i of sigmoid((scores[i] - scores[j]) / TEMPERATURE)``, in (0, 1); the rewards of a group
+    average 1/2. Raises ValueError for fewer than two scores, or one that isn't finite.
     """
     if len(scores) < 2 or not all(map(math.isfinite, scores)):
         raise ValueError(f"expected two or more finite scores, got {list(scores)}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
     return [
-        sum(float(expit((own - other) / temperature)) for j, other in enumerate(scores) if j != i) / (len(scores) - 1)
+        sum(float(expit((own - other) / TEMPERATURE)) for j, other in enumerate(scores) if j != i) / (len(scores) - 1)
         for i, own in enumerate(scores)
     ]
 
@@ -157,7 +146,7 @@ def completion_score(completion: str, row: dict[str, Any], run_tool: RunTool) ->
     return score(None if answer is None else "direct", row["compliant"], is_correct(answer, row["answer"]))
 
 
-def preference_reward(run_tool: RunTool, group_size: int = 8, temperature: float = TEMPERATURE) -> Callable:
+def preference_reward(run_tool: RunTool, group_size: int) -> Callable:
     """TRL's reward function: `bt_rewards` of each group's scores; logs their mean, and the share with a policy.
 
     TRL hands over the responses of a problem one behind the other; ValueError where a group is not of one problem.
@@ -179,7 +168,7 @@ def preference_reward(run_tool: RunTool, group_size: int = 8, temperature: float
             group = slice(start, start + group_size)
             if len(scores[group]) != group_size or len(set(item[group])) != 1:
                 raise ValueError(f"expected groups of {group_size} responses to one problem, got {item[group]}")
-            rewards += bt_rewards(scores[group], temperature)
+            rewards += bt_rewards(scores[group])
         return rewards
 
     return preference

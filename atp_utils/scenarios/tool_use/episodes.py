@@ -23,13 +23,14 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 from atp_utils.evolution.decisions import Decision
 from atp_utils.evolution.history import unrelated
 from atp_utils.evolution.loop import Episode
 from atp_utils.evolution.parsing import split_thinking
 from atp_utils.evolution.protocol import Choice, Protocol, decide, fault_of, orders, question
-from atp_utils.evolution.requests import Message, Reply, Request, derive_seed
+from atp_utils.evolution.requests import Message, Reply, Request
 from atp_utils.problems.answers import is_correct
 from atp_utils.scenarios.tool_use.calls import Call, RunTool, Tally, read_answer, read_call, result_message
 from atp_utils.scenarios.tool_use.items import POLICIES, Evolution, Item, blocks
@@ -109,23 +110,30 @@ def summary(number: int, works: Sequence["Solving"], setting: Evolution) -> str:
 class Solving:
     """An agent at work on one problem, for which ``ask`` gives the chat, its policies in their order or turned.
 
-    ``policy`` is None until it has decided, and for good where it never does; ``choice`` is the forced one.
+    ``choice`` gathers what came of it, all replies counted; its option is None until the agent has decided, and for
+    good where it never does.
     """
 
     item: Item
     key: tuple[str | int, ...]
     ask: Callable[[bool], list[Message]]
     turned: bool
+    choice: Choice = field(init=False)
     chat: list[Message] = field(default_factory=list)
-    policy: str | None = None
-    choice: Choice | None = None
-    attempts: int = 1
     calls: int = 0
     answer: Fraction | None = None
-    replies: list[str] = field(default_factory=list)
-    decided: str = ""
-    fault: str | None = None
-    tokens: list[int] = field(default_factory=lambda: [0, 0])
+
+    def __post_init__(self):
+        self.choice = Choice(option=None, options=self.item.named(self.turned))
+
+    @property
+    def policy(self) -> str | None:
+        """The option that was chosen."""
+        return self.choice.option
+
+    def note(self, **facts: Any) -> None:
+        """Add ``facts`` to the choice."""
+        self.choice = replace(self.choice, **facts)
 
     @property
     def correct(self) -> bool | None:
@@ -161,25 +169,21 @@ def episode(
     """Algorithm 1 for one agent with a history of its own (Appendix A.1.2), on test ``items`` of both kinds.
 
     ``run_tool`` runs a program between two steps; for replay its results must repeat (`calls.RecordedTool`).
-    ``tally`` gathers what was wrong with calls and answers. Raises ValueError for what `blocks` refuses.
+    ``tally`` gathers what was wrong with calls and answers. Its first step raises ValueError for what `blocks` refuses.
     """
     simple, hard = blocks(items, setting, seed, agent)
     rules = Rules(setting, protocol, run_tool, Tally() if tally is None else tally)
-    return _episode(simple, hard, rules, seed, agent)
-
-
-def _episode(simple: list[list[Item]], hard: list[Item], rules: Rules, seed: int, agent: int) -> Episode:
     history: list[str] = []
     rows: list[Decision] = []
     turns = orders(len(simple), "tool_use", seed, agent)
     for number, (easy, turned) in enumerate(zip(simple, turns, strict=True), start=1):
         name = (f"seed{seed}", f"agent{agent}", f"round{number}")
-        remembered = history[-rules.setting.history_window :]
+        remembered = history[-setting.history_window :]
         exposure = yield from _block(easy, name, remembered, rules, turned)
         evaluation = yield from _block(hard, name, remembered, rules, turned)
-        history.append(summary(number, exposure, rules.setting))
+        history.append(summary(number, exposure, setting))
         for work in (*exposure, *evaluation):
-            rows.append(_decision(work, number, seed, agent, rules.setting, rows[-1].capital if rows else 0.0))
+            rows.append(_decision(work, number, seed, agent, setting, rows[-1].capital if rows else 0.0))
     return rows
 
 
@@ -215,9 +219,7 @@ def _choose(works: Sequence[Solving], protocol: Protocol) -> Generator[list[Requ
     questions = [question(work.key, work.item.options, work.ask, work.turned) for work in works]
     choices = yield from decide(questions, protocol)
     for work, asked, choice in zip(works, questions, choices, strict=True):
-        work.policy, work.choice, work.fault = choice.option, choice, choice.fault
-        work.replies, work.decided = list(choice.replies), choice.decided
-        work.tokens = [choice.prompt_tokens, choice.completion_tokens]
+        work.choice = choice
         if choice.option:
             work.chat = _after(asked.messages, choice.turn, _assignment(choice.option))
 
@@ -227,16 +229,14 @@ def _after(chat: Sequence[Message], said: str, told: str) -> list[Message]:
 
 
 def _request(work: Solving, protocol: Protocol) -> Request:
-    key = (*work.key, "solution", f"attempt{work.attempts - 1}", f"call{work.calls}")
-    return Request("/".join(map(str, key)), tuple(work.chat), derive_seed(*key), sampling=protocol.sampling)
+    return protocol.ask((*work.key, "solution", f"attempt{work.choice.attempts - 1}", f"call{work.calls}"), work.chat)
 
 
 def _goes_on(work: Solving, reply: Reply, rules: Rules) -> bool:
     """Take a reply in; whether the model has to be asked once more, for an answer or for another attempt."""
-    work.tokens = [work.tokens[0] + reply.prompt_tokens, work.tokens[1] + reply.completion_tokens]
-    work.replies.append(reply.digest)
+    work.choice = work.choice.counting(reply)
     if work.policy is None:
-        work.decided, work.fault = reply.digest, fault_of(reply)
+        work.note(decided=reply.digest, fault=fault_of(reply))
     call, cut, lost = read_call(reply.text), reply.finish_reason == "length", reply.finish_reason == "context"
     work.answer = read_answer(reply.text, cut)
     if call.code is not None and work.policy != "direct" and work.calls < rules.setting.max_calls:
@@ -248,10 +248,10 @@ def _goes_on(work: Solving, reply: Reply, rules: Rules) -> bool:
     events = ["chat too long for the model"] * lost + _events(work, call, cut, undecided)
     _note(work, call, events, reply.text, rules.tally)
     if undecided:
-        again = work.attempts < rules.protocol.max_attempts and not lost
-        work.attempts += again
+        again = work.choice.attempts < rules.protocol.max_attempts and not lost
+        work.note(attempts=work.choice.attempts + again)
         return again
-    work.policy = work.policy or "direct"
+    work.note(option=work.policy or "direct", fault=None)
     return False
 
 
@@ -274,7 +274,7 @@ def _note(work: Solving, call: Call, events: Sequence[str], text: str, tally: Ta
 
 def _run(work: Solving, call: Call, thinking: str, rules: Rules) -> None:
     """Run a call and put its result into the chat; only now a freely written reply has decided for the tool."""
-    work.policy = "tool"
+    work.note(option="tool", fault=None)
     work.calls += 1
     result = rules.run_tool(call.code)
     rules.tally.note(work.item.kind, f"tool: {result.status}", call.code)
@@ -288,19 +288,9 @@ def _decision(work: Solving, number: int, seed: int, agent: int, setting: Evolut
     """A problem's row. ``deviated`` (the tool was *not* used) is about complex problems; simple ones need no tool."""
     valid = work.policy is not None
     reward = -setting.cost(work.policy) if valid else None
-    choice = replace(
-        work.choice or Choice(option=None, options=work.item.named(work.turned)),
-        option=work.policy,
-        attempts=work.attempts,
-        prompt_tokens=work.tokens[0],
-        completion_tokens=work.tokens[1],
-        replies=tuple(work.replies),
-        decided=work.decided,
-        fault=None if valid else work.fault,
-    )
     given = {"scenario": "tool_use", "condition": setting.condition, "seed": seed, "agent": agent, "round": number}
     given |= {"reward": reward, "capital": before + (reward or 0.0)}
     given |= {"tool_used": work.calls > 0 if valid else None, "correct": work.correct}
     if work.item.kind == "simple":
         given |= dict.fromkeys(("deviated", "p_deviate", "p_first", "p_second"))
-    return Decision.of(work.item, choice, **given)
+    return Decision.of(work.item, work.choice, **given)

@@ -108,10 +108,8 @@ def make_items(drawn: Sequence[tuple[Problem, str]], *, test: int, seed: int = 0
     """``(train, test)`` items of one kind, without a common question (`problems.split_problems`).
 
     Within a split, and within each family of it, the policies take turns at being named first. Raises ValueError for a
-    ``test`` that leaves either side empty, or a negative seed.
+    ``test`` that leaves either side empty.
     """
-    if seed < 0:
-        raise ValueError(f"seed must be >= 0, got {seed}")
     programs = {problem.id: program for problem, program in drawn}
     splits = problems.split_problems([problem for problem, _ in drawn], test, seed)
     return tuple(_items(part, split, programs) for part, split in zip(splits, ("train", "test"), strict=True))
