@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from fault_server import NO, PREFIX, YES, Letters, answers, asking, chat, echo, forced, running, tops
+from fault_server import NO, PREFIX, YES, Letters, answers, asking, chat, echo, forced, free, running, tops
 
 from atp_utils import models
 from atp_utils.engines import openai_wire
@@ -48,6 +48,18 @@ def test_the_first_differing_token_stands_in_where_nothing_is_echoed(start, monk
     assert server.posts.count("/v1/chat/completions") == 1
     schema = server.served[-1]["response_format"]["json_schema"]["schema"]
     assert schema["properties"] == {"choice": {"enum": ["Yes", "No"]}} and server.served[-1]["temperature"] == 1
+
+
+def test_llama_cpp_is_sent_the_answers_letter_by_letter(start):
+    said, options = tops(*PREFIX, ("No", {"No": 0.6, "Yes": 0.3})), ('{"choice": "Café \\"A\\""}', NO)
+    server = start(lambda body: chat(NO, logprobs=said))
+    server.models = {"data": [{"id": "toy", "owned_by": "llamacpp"}]}
+    engine = asking(server.url)
+    answers(engine, [forced(options=options), forced(seed=1), free(2)])
+    bodies = sorted(server.served, key=lambda body: body["seed"])
+    assert bodies[0]["grammar"] == r'root ::= "{\"choice\": \"Café \\\"A\\\"\"}" | "{\"choice\": \"No\"}"'
+    assert bodies[1]["grammar"].startswith(r'root ::= "{\"choice\": \"Yes\"}" | ')
+    assert "grammar" not in bodies[2] and not any("response_format" in body for body in bodies)
 
 
 @pytest.mark.parametrize(

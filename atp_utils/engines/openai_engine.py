@@ -142,7 +142,7 @@ class OpenAIEngine:
         """A chat's reply, asked for again without the fields that the server refuses by name."""
         messages, read = openai_wire.sendable(request.messages), partial(openai_wire.chat_reply, request)
         while True:
-            fields = openai_wire.chat_fields(request, self._refused)
+            fields = openai_wire.chat_fields(request, self._refused, server.maker)
             try:
                 body = {"messages": messages, **fields}
                 return server.ask(request.key, "/chat/completions", ChatCompletion, body, read)
