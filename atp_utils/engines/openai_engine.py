@@ -118,7 +118,12 @@ class OpenAIEngine:
             raise
 
     def _can_score(self) -> bool:
-        """Whether every server scores options: what a reply means must not depend on which one gave it."""
+        """Whether every server scores options: what a reply means must not depend on which one gave it.
+
+        llama.cpp isn't asked: by its version it ignores ``echo`` or fails on it.
+        """
+        if any(server.maker == "llamacpp" for server in self._servers):
+            return False
         try:
             for server in self._servers:
                 self._retry(self._score, server, PROBE)

@@ -174,11 +174,12 @@ def _first_token(
 def echoed_reply(prompt: Sequence[int], options: Sequence[Sequence[int]], completion: Completion) -> Reply:
     """The scores of a completion that echoes all options' tokens, each behind the prompt's.
 
-    Raises NotImplementedError if not all is told. llama.cpp takes the request, ignores ``echo`` and scores its new
-    token alone: only the count of tokens shows it.
+    Raises NotImplementedError if not all is told. A server may take the request, ignore ``echo`` and score its new
+    token alone, in this form or a chat's: only the count of tokens shows it.
     """
     choices = sorted(completion.choices, key=lambda choice: choice.index)
-    rows = [choice.logprobs.token_logprobs[len(prompt) :] if choice.logprobs else [] for choice in choices]
+    told = [choice.logprobs.token_logprobs if choice.logprobs else None for choice in choices]
+    rows = [(row or [])[len(prompt) :] for row in told]
     if [len(row) for row in rows] not in ([len(option) + new for option in options] for new in (0, 1)):
         raise NotImplementedError("the server doesn't tell the log-probabilities of all tokens of the options")
     scores = tuple(sum(row[: len(option)]) for row, option in zip(rows, options, strict=True))
