@@ -94,6 +94,12 @@ def test_a_token_that_begins_several_options_is_ambiguous(start):
         assert reply.finish_reason == reason
 
 
+def test_a_token_without_text_begins_no_option(start):
+    table = {"No": 0.5, "Yes": 0.25, "": 0.2}
+    [reply] = answers(asking(start(lambda body: chat(NO, logprobs=tops(*PREFIX, ("No", table)))).url), [forced()])
+    assert reply.finish_reason == "first_token" and [math.exp(p) for p in reply.logprobs] == pytest.approx([0.25, 0.5])
+
+
 LISTED = tuple((name, 0.0001) for name in map(str, range(18)))
 
 

@@ -156,6 +156,8 @@ def _first_token(
         for other, logprob in table.items():
             longer = text + other
             fits = [i for i, option in enumerate(options) if option.startswith(longer) or longer.startswith(option)]
+            # llama.cpp lists control tokens without a text: these begin no answer.
+            fits = fits if other else []
             if len(fits) == 1:
                 own[fits[0]] += math.exp(logprob)
             elif fits:
