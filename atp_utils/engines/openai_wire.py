@@ -68,8 +68,11 @@ def sendable(messages: Sequence[Message]) -> list[Message]:
     return [message | {"content": defuse(encodable(message["content"]))} for message in messages]
 
 
-def chat_fields(request: Request, refused: set[str]) -> dict[str, Any]:
-    """A chat request's fields besides model and messages; raises ValueError if it can't do without a refused one."""
+def chat_fields(request: Request, refused: set[str], maker: str = "") -> dict[str, Any]:
+    """A chat request's fields besides model and messages; raises ValueError if it can't do without a refused one.
+
+    ``maker`` is what the server says of itself, its ``owned_by``.
+    """
     sampling = request.sampling
     if request.options:
         sampling = Sampling(max_new_tokens=max(len(text.encode()) for text in request.options) + 16, thinking=False)
@@ -91,16 +94,19 @@ def chat_fields(request: Request, refused: set[str]) -> dict[str, Any]:
         **NEUTRAL,
     }
     if request.options:
-        fields |= {"logprobs": True, "top_logprobs": 20, "response_format": _constraint(request.options)}
+        fields |= {"logprobs": True, "top_logprobs": 20, **_constraint(request.options, maker)}
     return {name: value for name, value in fields.items() if name not in refused}
 
 
-def _constraint(options: Sequence[str]) -> dict[str, Any]:
-    """``response_format`` that allows the options alone, each a JSON object with the one key ``choice``."""
+def _constraint(options: Sequence[str], maker: str) -> dict[str, Any]:
+    """The field that allows the options alone, each a JSON object with the one key ``choice``."""
+    if maker == "llamacpp":
+        # What it makes of a schema allows line breaks that no option has, and then nothing tells the options apart.
+        return {"grammar": "root ::= " + " | ".join(json.dumps(option, ensure_ascii=False) for option in options)}
     choices = [json.loads(option)["choice"] for option in options]
     schema = {"type": "object", "properties": {"choice": {"enum": choices}}, "required": ["choice"]}
     named = {"name": "answer", "strict": True, "schema": schema | {"additionalProperties": False}}
-    return {"type": "json_schema", "json_schema": named}
+    return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
 def refused_fields(words: str, fields: Iterable[str]) -> set[str]:
@@ -150,6 +156,8 @@ def _first_token(
         for other, logprob in table.items():
             longer = text + other
             fits = [i for i, option in enumerate(options) if option.startswith(longer) or longer.startswith(option)]
+            # llama.cpp lists control tokens without a text: these begin no answer.
+            fits = fits if other else []
             if len(fits) == 1:
                 own[fits[0]] += math.exp(logprob)
             elif fits:
@@ -168,11 +176,12 @@ def _first_token(
 def echoed_reply(prompt: Sequence[int], options: Sequence[Sequence[int]], completion: Completion) -> Reply:
     """The scores of a completion that echoes all options' tokens, each behind the prompt's.
 
-    Raises NotImplementedError if not all is told. llama.cpp takes the request, ignores ``echo`` and scores its new
-    token alone: only the count of tokens shows it.
+    Raises NotImplementedError if not all is told. A server may take the request, ignore ``echo`` and score its new
+    token alone, in this form or a chat's: only the count of tokens shows it.
     """
     choices = sorted(completion.choices, key=lambda choice: choice.index)
-    rows = [choice.logprobs.token_logprobs[len(prompt) :] if choice.logprobs else [] for choice in choices]
+    told = [choice.logprobs.token_logprobs if choice.logprobs else None for choice in choices]
+    rows = [(row or [])[len(prompt) :] for row in told]
     if [len(row) for row in rows] not in ([len(option) + new for option in options] for new in (0, 1)):
         raise NotImplementedError("the server doesn't tell the log-probabilities of all tokens of the options")
     scores = tuple(sum(row[: len(option)]) for row, option in zip(rows, options, strict=True))
