@@ -1,14 +1,15 @@
-"""Times a step of DPO as this repository trains it against TRL's own trainer, on the same rows.
+"""Times a step of DPO or GRPO as this repository trains it against TRL's own trainer, on the same rows.
 
 "TRL" is its trainer with all of its defaults (activations computed again, autocast to bfloat16), "TRL, our settings"
-the same trainer with this repository's configuration, "ours" also reads a pair as one row. Each trains in a process of
+the same trainer with this repository's configuration, "ours" also computes a prompt once. Each trains in a process of
 its own, so that its peak memory is its own, and they take turns: a step of one, a step of the next. The steps see no
 row twice, so the reference is read in each of them.
 
-    python benchmarks/training.py [--model smollm2-135m] [--dtype auto] [--scenario role_play] [--steps 5]
+    python benchmarks/training.py [--model smollm2-135m] [--method dpo] [--scenario role_play] [--steps 5]
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import resource
 import tempfile
@@ -19,7 +20,7 @@ from unittest import mock
 import pandas as pd
 import yaml
 from transformers import PrinterCallback, TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 from atp_utils import models, parameters, resolve
 from atp_utils.runs import Run
@@ -28,9 +29,14 @@ from atp_utils.support.files import write_parquet
 from atp_utils.training import exact_trainers, pairs, trainer
 
 KINDS = ("TRL", "TRL, our settings", "ours")
+# What TRL is told too: how much a step is, and what it is to learn.
+SAME = (
+    "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "use_cpu", "seed",
+    "report_to", "disable_tqdm", "learning_rate", "beta", "num_generations", "max_completion_length", "temperature",
+)  # fmt: skip
 
 
-class Theirs(DPOTrainer):
+class TheirDPO(DPOTrainer):
     """TRL's trainer on our tokens."""
 
     _prepare_dataset = exact_trainers.ExactDPOTrainer._prepare_dataset
@@ -52,22 +58,30 @@ class Turns(TrainerCallback):
 
 
 def train(kind, options, pipe):
-    """Train by the profile's parameters, in a process of its own."""
+    """Train by the quick profile's parameters, in a process of its own."""
     models.quiet()
-    book = yaml.safe_load(resolve("profiles/quick.yaml").read_text())["notebooks"][f"02_align_dpo/{options.scenario}"]
-    changes = {"model": options.model, "dtype": options.dtype, "scenario": options.scenario, "warmup_ratio": 0}
-    given = parameters.check(parameters.ALIGN["dpo"], book | changes | {"max_steps": options.steps + 1})
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(parameters.ALIGN["dpo"], given, Path(folder), SCENARIOS[given.scenario])
-        rows, _ = pairs.preference_rows(run, pairs.training_items(run, "dpo"))
-        arguments, known = trainer.trl_arguments(Path(folder), rows, given), exact_trainers.can_pack
+    method, scenario = options.method, SCENARIOS[options.scenario]
+    profile = yaml.safe_load(resolve("profiles/quick.yaml").read_text())["notebooks"]
+    book = profile[f"{parameters.ALIGN[method]}/{scenario.name}"]
+    changes = {"model": options.model, "dtype": options.dtype, "scenario": scenario.name, "warmup_ratio": 0}
+    given = parameters.check(parameters.ALIGN[method], book | changes | {"max_steps": options.steps + 1})
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        run = Run(parameters.ALIGN[method], given, Path(folder), scenario)
+        items = pairs.training_items(run, method)
+        rows = pairs.preference_rows(run, items)[0] if method == "dpo" else pairs.reward_rows(run, items)
+        arguments = trainer.trl_arguments(Path(folder), rows, given)
         if kind == "TRL":
-            same = ("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "use_cpu")
-            same += ("seed", "report_to", "disable_tqdm", "learning_rate")
-            arguments = DPOConfig(save_strategy="no", **{name: getattr(arguments, name) for name in same})
-        made = Theirs if kind == "TRL" else exact_trainers.ExactDPOTrainer
-        with mock.patch.object(exact_trainers, "can_pack", lambda config: kind == "ours" and known(config)):
-            training = made(args=arguments, **trainer._parts(rows, given))
+            same = {name: getattr(arguments, name) for name in SAME if hasattr(arguments, name)}
+            arguments = type(arguments)(save_strategy="no", **same)
+        if kind != "ours":
+            for name in ("share_prompts", "share_prefill"):
+                stack.enter_context(mock.patch.object(exact_trainers, name, lambda model: None))
+        parts = {"args": arguments, **trainer._parts(rows, given)}
+        if method == "grpo":
+            rewards = stack.enter_context(scenario.reward(given.group_size))
+            training = exact_trainers.ExactGRPOTrainer(reward_funcs=rewards, **parts)
+        else:
+            training = (TheirDPO if kind == "TRL" else exact_trainers.ExactDPOTrainer)(**parts)
         training.remove_callback(PrinterCallback)
         training.add_callback(Turns(pipe))
         training.train()
@@ -83,6 +97,7 @@ def main():
     """Print and store one row for each way to train."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default=models.EMBEDDED)
+    parser.add_argument("--method", default="dpo", choices=["dpo", "grpo"])
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--scenario", default="role_play")
     parser.add_argument("--steps", type=int, default=5, help="that are timed; one before them is not")
@@ -107,7 +122,9 @@ def main():
     table[columns[4]] = steps.groupby("trainer")[columns[4]].max()
     table["times faster than the first"] = table[columns[2]].iloc[0] / table[columns[2]]
     dtype = str(models.precision(options.dtype)).removeprefix("torch.")
-    print(f"{options.model}, {dtype}, {options.scenario}, median of {options.steps} steps, {processor()}\n")
+    print(
+        f"{options.method}, {options.model}, {dtype}, {options.scenario}, median of {options.steps} steps, {processor()}\n"
+    )
     print(table.round(2).to_markdown())
     folder = resolve("runs/benchmarks")
     folder.mkdir(parents=True, exist_ok=True)

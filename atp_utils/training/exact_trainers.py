@@ -2,8 +2,8 @@
 
 Left to itself TRL lets the tokenizer put its own special tokens around a text whose template wrote them already, and
 ends an answer with the tokenizer's end-of-text token, which for many models isn't the end of a turn. Each class
-replaces the one method of TRL that tokenises; DPO's also reads a pair as one row (`packed_pairs`) and measures what its
-two answers are given.
+replaces the one method of TRL that tokenises, and computes a prompt once for all of its answers (`shared_prompts`);
+DPO's also measures what the two answers of a pair are given.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from trl import DPOTrainer, GRPOTrainer
 
 from atp_utils.models.chat_template import common_prefix, encode, turn_end
-from atp_utils.training.packed_pairs import can_pack, pack_pairs
+from atp_utils.training.shared_prompts import share_prefill, share_prompts
 
 
 def preference_ids(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
@@ -44,7 +44,7 @@ def answers_mass(inputs: Mapping[str, torch.Tensor], log_probs: torch.Tensor) ->
 
 
 class ExactDPOTrainer(DPOTrainer):
-    """`trl.DPOTrainer` on `preference_ids`, for an adapter, in which a pair's prompt is computed once (`packed_pairs`).
+    """`trl.DPOTrainer` on `preference_ids`, for an adapter, in which a pair's prompt is computed once.
 
     Where rows come up again, the reference's log-probabilities of all of them are computed before the training. Where
     ``measures_mass`` is true, the mean of `answers_mass` is logged.
@@ -54,9 +54,7 @@ class ExactDPOTrainer(DPOTrainer):
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
-        base = self.model.get_base_model()
-        if can_pack(base.config):
-            pack_pairs(base)
+        share_prompts(self.model.get_base_model())
         args = self.args
         seen = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
         # A sharded model can't be read before the training, whose start shards it: TRL reads it in every step.
@@ -93,7 +91,15 @@ class ExactDPOTrainer(DPOTrainer):
 
 
 class ExactGRPOTrainer(GRPOTrainer):
-    """`trl.GRPOTrainer` whose prompts get no token that their text doesn't have."""
+    """`trl.GRPOTrainer`, for an adapter, whose prompts get no token that their text doesn't have.
+
+    A group's prompt is computed once where its replies are sampled, and once for those of them in a batch of the loss.
+    """
+
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        share_prompts(self.model.get_base_model())
+        share_prefill(self.model.get_base_model())
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
         return self.processing_class(text=prompts, add_special_tokens=False)["input_ids"], None, {}
