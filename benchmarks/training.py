@@ -1,15 +1,16 @@
 """Times a step of DPO or GRPO as this repository trains it against TRL's own trainer, on the same rows.
 
-"TRL" is its trainer with all of its defaults (activations computed again, autocast to bfloat16), "TRL, our settings"
-the same trainer with this repository's configuration, "ours" also computes a prompt once. Each trains in a process of
-its own, so that its peak memory is its own, and they take turns: a step of one, a step of the next. The steps see no
-row twice, so the reference is read in each of them.
+"TRL" is its trainer with its defaults (activations computed again), but for its autocast to bfloat16, with which a CPU
+takes many times as long; "TRL, our settings" has this repository's configuration, "ours" also computes a prompt once.
+Each trains in a process of its own, so that its peak memory is its own, and they take turns: a step of one, a step of
+the next. DPO's steps see no row twice, so the reference is read in each of them.
 
     python benchmarks/training.py [--model smollm2-135m] [--method dpo] [--scenario role_play] [--steps 5]
 """
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import resource
 import tempfile
@@ -31,7 +32,7 @@ from atp_utils.training import exact_trainers, pairs, trainer
 KINDS = ("TRL", "TRL, our settings", "ours")
 # What TRL is told too: how much a step is, and what it is to learn.
 SAME = (
-    "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "use_cpu", "seed",
+    "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "use_cpu", "bf16", "seed",
     "report_to", "disable_tqdm", "learning_rate", "beta", "num_generations", "max_completion_length", "temperature",
 )  # fmt: skip
 
@@ -57,13 +58,14 @@ class Turns(TrainerCallback):
         self.pipe.send((*seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
 
 
-def train(kind, options, pipe):
+def train(kind, dtype, options, pipe):
     """Train by the quick profile's parameters, in a process of its own."""
     models.quiet()
     method, scenario = options.method, SCENARIOS[options.scenario]
     profile = yaml.safe_load(resolve("profiles/quick.yaml").read_text())["notebooks"]
     book = profile[f"{parameters.ALIGN[method]}/{scenario.name}"]
-    changes = {"model": options.model, "dtype": options.dtype, "scenario": scenario.name, "warmup_ratio": 0}
+    changes = {"model": options.model, "dtype": dtype, "scenario": scenario.name, "warmup_ratio": 0}
+    changes["accumulation"] = options.batches
     given = parameters.check(parameters.ALIGN[method], book | changes | {"max_steps": options.steps + 1})
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         run = Run(parameters.ALIGN[method], given, Path(folder), scenario)
@@ -98,34 +100,31 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default=models.EMBEDDED)
     parser.add_argument("--method", default="dpo", choices=["dpo", "grpo"])
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--dtype", nargs="+", default=["auto"])
     parser.add_argument("--scenario", default="role_play")
     parser.add_argument("--steps", type=int, default=5, help="that are timed; one before them is not")
+    parser.add_argument("--batches", type=int, default=2, help="of a step")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     options = parser.parse_args()
-    spawn, pipes, workers = multiprocessing.get_context("spawn"), [], []
-    for kind in options.kinds:
-        here, there = spawn.Pipe()
-        workers.append(spawn.Process(target=train, args=(kind, options, there)))
-        pipes.append(here)
+    spawn, pipes, workers = multiprocessing.get_context("spawn"), {}, []
+    for case in itertools.product(options.kinds, options.dtype):
+        pipes[case], there = spawn.Pipe()
+        workers.append(spawn.Process(target=train, args=(*case, options, there)))
         workers[-1].start()
     found = []
     for step in range(options.steps + 1):
-        for kind, pipe in zip(options.kinds, pipes, strict=True):
+        for case, pipe in pipes.items():
             pipe.send("go")
-            found.append((kind, step, *pipe.recv()))
+            found.append((*case, step, *pipe.recv()))
     for worker in workers:
         worker.join()
-    columns = ["trainer", "step", "seconds a step", "processor seconds a step", "peak memory, GiB"]
-    steps = pd.DataFrame(found, columns=columns)
-    table = steps[steps["step"] > 0].groupby("trainer", sort=False)[columns[2:]].median()
-    table[columns[4]] = steps.groupby("trainer")[columns[4]].max()
-    table["times faster than the first"] = table[columns[2]].iloc[0] / table[columns[2]]
-    dtype = str(models.precision(options.dtype)).removeprefix("torch.")
-    print(
-        f"{options.method}, {options.model}, {dtype}, {options.scenario}, median of {options.steps} steps, {processor()}\n"
-    )
-    print(table.round(2).to_markdown())
+    names = ["trainer", "weights", "step", "seconds a step", "processor seconds a step", "peak memory, GiB"]
+    steps = pd.DataFrame(found, columns=names)
+    table = steps[steps["step"] > 0].groupby(names[:2], sort=False)[names[3:]].median()
+    table[names[5]] = steps.groupby(names[:2])[names[5]].max()
+    table["times faster"] = table[names[3]].iloc[0] / table[names[3]]
+    print(f"{options.method}, {options.model}, {options.scenario}, {options.batches} batches a step, {processor()}\n")
+    print(table.round(2).reset_index().to_markdown(index=False))
     folder = resolve("runs/benchmarks")
     folder.mkdir(parents=True, exist_ok=True)
     write_parquet(folder / "training.parquet", steps)
