@@ -2,7 +2,8 @@
 
 Left to itself TRL lets the tokenizer put its own special tokens around a text whose template wrote them already, and
 ends an answer with the tokenizer's end-of-text token, which for many models isn't the end of a turn. Each class
-replaces the one method of TRL that tokenises; DPO's also measures what the two answers of a pair are given.
+replaces the one method of TRL that tokenises, and computes a prompt once for all of its answers (`shared_prompts`);
+DPO's also measures what the two answers of a pair are given.
 """
 
 from collections.abc import Mapping
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.nn.functional import pad
+from torch.utils.data import DataLoader
 from trl import DPOTrainer, GRPOTrainer
 
 from atp_utils.models.chat_template import common_prefix, encode, turn_end
+from atp_utils.training.shared_prompts import share_prefill, share_prompts
 
 
 def preference_ids(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
@@ -41,12 +44,38 @@ def answers_mass(inputs: Mapping[str, torch.Tensor], log_probs: torch.Tensor) ->
 
 
 class ExactDPOTrainer(DPOTrainer):
-    """`trl.DPOTrainer` on `preference_ids`; where ``measures_mass`` is true it logs the mean of `answers_mass`."""
+    """`trl.DPOTrainer` on `preference_ids`, for an adapter, in which a pair's prompt is computed once.
+
+    Where rows come up again, the reference's log-probabilities of all of them are computed before the training. Where
+    ``measures_mass`` is true, the mean of `answers_mass` is logged.
+    """
 
     measures_mass = False
 
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        share_prompts(self.model.get_base_model())
+        args = self.args
+        seen = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+        # A sharded model can't be read before the training, whose start shards it: TRL reads it in every step.
+        if seen > len(self.train_dataset) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.train_dataset = self._with_reference(self.train_dataset)
+            self.precompute_ref_logps = True
+
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
         return Dataset.from_list([preference_ids(processing_class, row) for row in dataset])
+
+    def _with_reference(self, dataset: Dataset) -> Dataset:
+        """``dataset`` with the columns in which TRL looks for the reference's log-probabilities, one number an answer.
+
+        TRL's own way to them is by a file that only one of several processes finds, for a dataset in memory.
+        """
+        size = self.args.train_batch_size
+        batches = self.accelerator.prepare(DataLoader(dataset, batch_size=size, collate_fn=self.data_collator))
+        read = [self.accelerator.gather_for_metrics(self.compute_ref_log_probs(self.model, one)) for one in batches]
+        for name, parts in zip(("ref_chosen_logps", "ref_rejected_logps"), zip(*read, strict=True), strict=True):
+            dataset = dataset.add_column(name, torch.cat(parts).tolist())
+        return dataset
 
     def compute_loss(self, model: Any, inputs: dict, *given: Any, **named: Any) -> Any:
         def noted(**what: Any) -> Any:
@@ -62,7 +91,15 @@ class ExactDPOTrainer(DPOTrainer):
 
 
 class ExactGRPOTrainer(GRPOTrainer):
-    """`trl.GRPOTrainer` whose prompts get no token that their text doesn't have."""
+    """`trl.GRPOTrainer`, for an adapter, whose prompts get no token that their text doesn't have.
+
+    A group's prompt is computed once where its replies are sampled, and once for those of them in a batch of the loss.
+    """
+
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        share_prompts(self.model.get_base_model())
+        share_prefill(self.model.get_base_model())
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
         return self.processing_class(text=prompts, add_special_tokens=False)["input_ids"], None, {}
