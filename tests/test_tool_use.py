@@ -755,6 +755,21 @@ def frame():
     return to_frame(rows, model="m", arm="base")
 
 
+@pytest.mark.parametrize(
+    ("simple", "hard", "expected"),
+    [(10, 0, "holds"), (10, 10, "undecided"), (5, 4, "undecided"), (0, 0, "fails"), (0, 5, "fails")],
+)
+def test_the_premise_is_easy_success_without_the_tool(simple, hard, expected):
+    # Ten families of each kind with a problem each, of which so many are solved without the tool.
+    rows = [decision(f"simple-{i}", f"s{i}", 1, "direct", i < simple) for i in range(10)]
+    rows += [decision(f"complex-{i}", f"c{i}", 1, "direct", i < hard) for i in range(10)]
+    rows += [decision(f"complex-t{i}", f"c{i}", 2, "tool", True) for i in range(4)]
+    table = tool_use_tables.premise(to_frame(rows, model="m", arm="base"))
+    assert table.loc[("m", "base"), "premise"] == expected
+    assert table["simple"].iloc[0].startswith(f"{10 * simple:.1f}")
+    assert table["complex, tool"].iloc[0].startswith("100.0 [")
+
+
 def test_usage_counts_decisions_and_accuracy_counts_problems(frame):
     usage = tool_use_tables.rates(frame, "tool usage")
     assert usage["n"].tolist() == [3, 4] and usage["rate"].tolist() == pytest.approx([1 / 3, 0])

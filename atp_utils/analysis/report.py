@@ -23,12 +23,14 @@ PLACES = "P(deviate) by the place of the deviant option, and the probability of 
 CONDITIONS = "P(deviate) by condition, first and last round, %, and changes in points"
 SLOPES = "log-odds of deviating by written history (GEE over environments)"
 MASS = "start, fixed points, and where groups of 8 end from nobody and from all, %"
+PREMISE = "problems solved, % [95 % interval], and whether an easy success without the tool was there to be met"
 DRIFT = "Last round minus first, percentage points"
 # The tables of a scenario; "" has those of any other.
 TABLES: dict[str, Tables] = {
     "": (("deviations by round, % [95 % interval]", _violations), (DRIFT, tables.drift)),
     "role_play": (("rule violations by round, % [95 % interval]", _violations), (DRIFT, tables.drift)),
     "tool_use": (
+        (PREMISE, tool_use_tables.premise),
         ("% by round [95 % interval], costs in units", tool_use_tables.table2),
         (DRIFT, tool_use_tables.drift_columns),
     ),
@@ -76,6 +78,7 @@ def readme_tables(results: Path) -> dict[str, str]:
         "primary contrast": (decisions, tables.contrast),
         "role-play": (stats.standard(role_play), _violations),
         "slopes": (written, tables.slopes),
+        "premise": (stats.standard(problems), tool_use_tables.premise),
         "tool use": (stats.standard(problems), tool_use_tables.main_table2),
         "collusion": (stats.standard(games), tables.collusion),
         "critical mass": (answers, tables.dynamics),

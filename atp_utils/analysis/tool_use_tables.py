@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from atp_utils import resolve
@@ -140,6 +141,27 @@ def _labelled(table: pd.DataFrame, name: str, shown) -> pd.DataFrame:
     if not table["n"].any():
         return table.iloc[:0]
     return table[[*KEYS, "n"]].assign(measure=name, cell=stats.cells(table, shown=shown))
+
+
+def premise(decisions: pd.DataFrame) -> pd.DataFrame:
+    """Whether the scenario's premise holds: without the tool easy problems succeed, and hard ones more seldom.
+
+    One row a model and arm: problems solved over all rounds, in percent [95 % interval over problem families], simple
+    ones and, by the policy, complex ones. ``premise`` is "holds" where the interval of simple problems lies above that
+    of complex ones solved directly, "fails" where no simple problem is solved, else "undecided". Where it fails no
+    agent has met an easy success, and no change of tool use is owed to one.
+    """
+    by, rows = ["model", "arm"], {"simple": problem_table(decisions, "simple")}
+    for policy in ("direct", "tool"):
+        rows[f"complex, {policy}"] = problem_table(decisions[decisions["choice"] == policy])
+    found = {
+        name: stats.rate_table(own.assign(valid=True), "solved", by).set_index(by).drop(columns="invalid")
+        for name, own in rows.items()
+    }
+    simple, direct = found["simple"], found["complex, direct"].reindex(found["simple"].index)
+    verdict = np.select([simple["rate"] == 0, simple["low"] > direct["high"]], ["fails", "holds"], "undecided")
+    solved = pd.DataFrame({name: stats.cells(table) for name, table in found.items()}, index=simple.index)
+    return solved.fillna("–").assign(premise=verdict)
 
 
 def drift(decisions: pd.DataFrame, measure: str = "tool usage") -> pd.DataFrame:
