@@ -124,7 +124,7 @@ class Grpo(Training):
 class Drawing(Parameters):
     """Parameters of the notebooks that draw recorded results."""
 
-    results: Text = option("data/results/quick/evolution", "folder of complete runs")
+    results: Text = option("data/results", "folder of complete runs")
     figures: Text = option("figures", "folder of the drawings")
     overwrite: Flag = option(False, "whether figures of other results may be replaced")
 

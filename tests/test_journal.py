@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from atp_utils.evolution import journal
-from atp_utils.evolution.decisions import to_frame
+from atp_utils.evolution.decisions import Decision, to_frame
 from atp_utils.evolution.journal import Journal
 from atp_utils.evolution.requests import Reply, Request, Sampling
 
@@ -140,3 +140,17 @@ def test_only_complete_runs_are_read(tmp_path):
             record.finish(to_frame([], model=name, arm="base"), {}, "weights")
     (tmp_path / "b" / "manifest.json").unlink()
     assert isinstance(journal.read_decisions(tmp_path), pd.DataFrame)
+
+
+def test_a_run_that_is_there_twice_is_refused(tmp_path):
+    row = Decision(
+        scenario="role_play", seed=0, item="i", environment="e", agent=0, round=1, choice=None, deviated=None,
+        valid=False, attempts=1, reward=None, capital=0.0, prompt_tokens=0, completion_tokens=0, reply="", replies="",
+    )  # fmt: skip
+    for name, given in (("a", {}), ("b", {"training_seed": 1}), ("c", {})):
+        with Journal(tmp_path / name) as record:
+            record.finish(to_frame([row], model="m", arm="dpo", **given), {}, "weights")
+        if name != "c":
+            assert len(journal.read_decisions(tmp_path)) == 1 + (name == "b")
+    with pytest.raises(ValueError, match="a and c hold the same run"):
+        journal.read_decisions(tmp_path)

@@ -7,17 +7,17 @@ from atp_utils import ROOT, resolve
 from atp_utils.analysis import report
 from atp_utils.evolution import journal
 
-RESULTS = resolve("data/results/quick")
+RESULTS = resolve("data/results")
 
 
 def test_the_readme_shows_the_recorded_run():
     text = (ROOT / "README.md").read_text()
-    for name, table in report.readme_tables(RESULTS / "evolution").items():
+    for name, table in report.readme_tables(RESULTS).items():
         assert table in text, name
 
 
 def test_recorded_decisions_have_their_raw_replies():
-    for manifest in (RESULTS / "evolution").rglob("manifest.json"):
+    for manifest in RESULTS.glob("*/evolution/**/manifest.json"):
         replies = journal.read_record(manifest.parent / "replies.jsonl.gz").replies
         decisions = pd.read_parquet(manifest.parent / "decisions.parquet")
         assert len(decisions) and set(decisions["reply"]) <= set(replies)
@@ -30,7 +30,7 @@ def test_a_run_that_is_not_there(tmp_path):
 
 def test_a_report_on_one_arm_of_one_scenario(tmp_path):
     for arm in ("role_play/smollm2-135m/standard/dpo-0", "collusion/smollm2-135m/standard/base"):
-        shutil.copytree(RESULTS / "evolution" / arm, tmp_path / "evolution" / arm)
+        shutil.copytree(RESULTS / "quick/evolution" / arm, tmp_path / "evolution" / arm)
     text = report.report(tmp_path)
     assert "smollm2-135m base" in text and "smollm2-135m dpo" in text and "tool_use" not in text
     assert text.startswith(report.PRIMARY) and "no control" in text

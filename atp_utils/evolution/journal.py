@@ -33,6 +33,8 @@ from atp_utils.support import files, folders
 from atp_utils.support.manifest import MANIFEST, made_by
 
 REPLIES, DECISIONS = "replies.jsonl", "decisions.parquet"
+# What a run is, in its table.
+RUN = ["scenario", "model", "condition", "arm", "training_seed"]
 _REQUEST = ("key", "seed", "options", "sampling", "chat")
 
 
@@ -207,12 +209,21 @@ def remove_derived(folder: Path) -> None:
 
 
 def read_decisions(folder: Path) -> pd.DataFrame:
-    """Decisions of every complete run below ``folder``, one table; incomplete runs are left out."""
+    """Decisions of every complete run below ``folder``, one table; incomplete runs are left out.
+
+    Raises FileNotFoundError where there is none, and ValueError where two are of one policy in one condition: counted
+    twice, its decisions would pass for more.
+    """
     paths = [path.parent / DECISIONS for path in folders.below(Path(folder), MANIFEST)]
-    parts = [pd.read_parquet(path) for path in paths if path.is_file()]
+    parts = {path: pd.read_parquet(path) for path in paths if path.is_file()}
     if not parts:
         raise FileNotFoundError(f"{shown(folder)} holds no complete run (a folder with {DECISIONS} and {MANIFEST})")
-    return pd.concat(parts, ignore_index=True)
+    seen: dict[tuple, Path] = {}
+    for path, part in parts.items():
+        for run in part[RUN].drop_duplicates().itertuples(index=False):
+            if (other := seen.setdefault(tuple(run), path)) != path:
+                raise ValueError(f"{shown(other.parent)} and {shown(path.parent)} hold the same run: name one of them")
+    return pd.concat(parts.values(), ignore_index=True)
 
 
 def read_replies(results: Path) -> dict[str, Reply]:
