@@ -1,6 +1,6 @@
 """``python tests/servers/llama_cpp.py GGUF``: llama.cpp's server from the package xllamacpp, until it is ended.
 
-llama.cpp's own ``llama-server`` does the same; pip has no wheel of it.
+llama.cpp's own ``llama-server`` does the same.
 """
 
 import argparse
