@@ -116,6 +116,7 @@ def main():
         for case, pipe in pipes.items():
             pipe.send("go")
             found.append((*case, step, *pipe.recv()))
+            print(*found[-1], flush=True)
     for worker in workers:
         worker.join()
     names = ["trainer", "weights", "step", "seconds a step", "processor seconds a step", "peak memory, GiB"]

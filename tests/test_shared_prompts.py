@@ -59,14 +59,14 @@ def test_answers_that_share_their_beginning_share_it():
 def trained(tiny, tmp_path, monkeypatch):
     """A trainer of a family's tiny model, ours or, as its parent reads pairs, TRL's; called with more parameters."""
 
-    def make(family, packed, attention="sdpa", **changes):
+    def make(family, packed, attention="sdpa", rows=ROWS, **changes):
         given = a_run("dpo", tiny[family], tmp_path, **SETTINGS | {"max_steps": 2} | changes).parameters
-        parts = trainer._parts(ROWS, given)
+        parts = trainer._parts(rows, given)
         parts["model"].set_attn_implementation(attention)
         with monkeypatch.context() as patch:
             if not packed:
                 patch.setattr("atp_utils.training.exact_trainers.share_prompts", lambda _: None)
-            return trainer.ExactDPOTrainer(args=trainer.trl_arguments(tmp_path, ROWS, given), **parts)
+            return trainer.ExactDPOTrainer(args=trainer.trl_arguments(tmp_path, rows, given), **parts)
 
     return make
 
@@ -97,6 +97,18 @@ def test_losses_gradients_and_metrics_are_trls(family, attention, checkpoint, tr
     assert ours[2].keys() == trls[2].keys() and abs(trls[2]["rewards/margins"][0]) > 0.01
     for name, [value] in trls[2].items():
         assert ours[2][name] == [pytest.approx(value, abs=1e-4, rel=1e-4)], name
+
+
+def test_answers_much_longer_than_their_prompt_stay_in_rows_of_their_own(trained):
+    rows = [{"prompt": "So?", "chosen": "Yes. " * 9, "rejected": "No. " * length} for length in (9, 5)]
+    ours, trls = trained("qwen3", True, rows=rows), trained("qwen3", False, rows=rows)
+    read = []
+    ours.model.get_base_model().model.embed_tokens.register_forward_hook(lambda _, given, __: read.append(given[0]))
+    (loss, gradients, _), (expected, all_expected, _) = (losses(found, range(2)) for found in (ours, trls))
+    assert read[0].tolist() == ours.data_collator(list(ours.train_dataset))["input_ids"].tolist()
+    assert loss == pytest.approx(expected, abs=1e-5)
+    for name in all_expected:
+        torch.testing.assert_close(gradients[name], all_expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_pair_begins_with_is_read_once_and_only_answers_are_scored(trained, monkeypatch):

@@ -33,9 +33,18 @@ class Packed:
     input_ids: torch.Tensor  # [groups, length]
     position_ids: torch.Tensor  # [groups, length], counted from 0
     labels: torch.Tensor  # [groups, length]: the token that comes next, or IGNORED
-    sees: torch.Tensor  # bool [groups, 1, length, length]: who (third) sees whom (fourth)
+    owner: torch.Tensor  # [groups, length]: the row whose token it is, or SHARED
     group: torch.Tensor  # [rows]: the packed row of each of TRL's
     columns: torch.Tensor  # [rows, tokens - 1]: where in it each of a row's tokens is; anywhere for padding
+
+    @property
+    def sees(self) -> torch.Tensor:
+        """Who (third dimension) sees whom (fourth), bool [groups, 1, length, length]."""
+        length = self.owner.size(1)
+        # Behind its last token a row goes on with padding, which comes too late to be seen.
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.owner.device).tril()
+        who, whom = self.owner[..., None], self.owner[:, None]
+        return (causal & ((whom == SHARED) | (whom == who)))[:, None]
 
 
 def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Packed:
@@ -65,15 +74,11 @@ def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Te
         # Where rows share a token its values are the same.
         return values.new_full(shape, empty).index_put_(place, values[read])
 
-    owner = packed(torch.where(own < part, SHARED, torch.arange(rows, device=device)[:, None]), SHARED)
-    # Behind its last token a row goes on with padding, which comes too late to be seen.
-    causal = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).tril()
-    sees = causal & ((owner[:, None] == SHARED) | (owner[:, None] == owner[..., None]))
     return Packed(
         input_ids=packed(ids[:, :-1], 0),
         position_ids=packed(own, 0),
         labels=packed(labels[:, 1:], IGNORED),
-        sees=sees[:, None],
+        owner=packed(torch.where(own < part, SHARED, torch.arange(rows, device=device)[:, None]), SHARED),
         group=group,
         columns=columns.gather(1, (own - padding).clamp(min=0)).clamp(max=shape[1] - 1),
     )
@@ -104,8 +109,8 @@ def share_prompts(model: Any) -> None:
         ids, mask, labels = (named.pop(name) for name in ("input_ids", "attention_mask", "labels"))
         wanted = labels[:, 1:]
         packed = pack(ids, mask, labels)
-        # Attention to a mask costs length * length: long rests are cheaper in rows of their own.
-        if packed.sees.numel() < ids.numel() * ids.size(1):
+        # Attention by a mask costs length * length: long rests are cheaper in rows of their own.
+        if packed.input_ids.numel() * packed.input_ids.size(1) < ids.numel() * ids.size(1):
             named |= {"position_ids": packed.position_ids, "attention_mask": _mask(packed.sees, model)}
             outputs, place = _scored(model, fused, packed.input_ids, packed.labels, named)
             place = place[packed.group].gather(1, packed.columns)
