@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from trl import DPOTrainer, GRPOTrainer
 
 from atp_utils.models.chat_template import common_prefix, encode, turn_end
-from atp_utils.training.shared_prompts import share_prefill, share_prompts
+from atp_utils.training.shared_prompts import score_answers, share_prefill
 
 
 def preference_ids(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
@@ -54,7 +54,7 @@ class ExactDPOTrainer(DPOTrainer):
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
-        share_prompts(self.model.get_base_model())
+        score_answers(self.model.get_base_model(), packs=True)
         args = self.args
         seen = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
         # A sharded model can't be read before the training, whose start shards it: TRL reads it in every step.
@@ -93,12 +93,14 @@ class ExactDPOTrainer(DPOTrainer):
 class ExactGRPOTrainer(GRPOTrainer):
     """`trl.GRPOTrainer`, for an adapter, whose prompts get no token that their text doesn't have.
 
-    A group's prompt is computed once where its replies are sampled, and once for those of them in a batch of the loss.
+    A group's prompt is read once where its replies are sampled, but not in the loss: the reference reads other batches
+    than the policy does. Packed otherwise the two would differ by rounding, and as long as no group has a reward to
+    learn from, Adam makes whole steps of what isn't zero.
     """
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
-        share_prompts(self.model.get_base_model())
+        score_answers(self.model.get_base_model(), packs=False)
         share_prefill(self.model.get_base_model())
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:

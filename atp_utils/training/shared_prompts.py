@@ -1,9 +1,9 @@
 """Rows of one batch that have a prompt in common: it is computed once.
 
-TRL reads a preference pair as two rows, prompt + chosen and prompt + rejected, and a group of replies as a row each.
-Here the rows of one prompt are a single one: what they begin with alike, then the rest of each. An attention mask keeps
-a rest from seeing another's, and the positions of each go on from where they part, so that every token is read as in a
-row of its own. TRL goes on to see its rows.
+TRL reads a preference pair as two rows, prompt + chosen and prompt + rejected. Here the rows of one prompt are a single
+one: what they begin with alike, then the rest of each. An attention mask keeps a rest from seeing another's, and the
+positions of each go on from where they part, so that every token is read as in a row of its own. TRL goes on to see its
+rows. Where replies are sampled, the keys and values of a prompt are computed once for all of them.
 """
 
 import functools
@@ -33,31 +33,37 @@ class Packed:
     input_ids: torch.Tensor  # [groups, length]
     position_ids: torch.Tensor  # [groups, length], counted from 0
     labels: torch.Tensor  # [groups, length]: the token that comes next, or IGNORED
-    sees: torch.Tensor  # bool [groups, 1, length, length]: who (third) sees whom (fourth)
+    owner: torch.Tensor  # [groups, length]: the row whose token it is, or SHARED
     group: torch.Tensor  # [rows]: the packed row of each of TRL's
     columns: torch.Tensor  # [rows, tokens - 1]: where in it each of a row's tokens is; anywhere for padding
 
+    @property
+    def sees(self) -> torch.Tensor:
+        """Who (third dimension) sees whom (fourth), bool [groups, 1, length, length]."""
+        length = self.owner.size(1)
+        # Behind its last token a row goes on with padding, which comes too late to be seen.
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.owner.device).tril()
+        who, whom = self.owner[..., None], self.owner[:, None]
+        return (causal & ((whom == SHARED) | (whom == who)))[:, None]
+
 
 def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Packed:
-    """Pack a batch of TRL's, each [rows, tokens] and padded on either side; ``labels`` are IGNORED for the prompt."""
+    """Pack a batch of TRL's, each [rows, tokens] and padded on the right; ``labels`` are IGNORED for the prompt."""
     device, (rows, tokens) = input_ids.device, input_ids.shape
-    own, padding = torch.arange(tokens, device=device)[None], attention_mask.int().argmax(dim=1, keepdim=True)
-    # Without the padding on the left.
-    from_left = (own + padding).clamp(max=tokens - 1)
-    ids, labels = input_ids.gather(1, from_left), labels.gather(1, from_left)
-    read = own < attention_mask.sum(dim=1, keepdim=True)
-    prompt = read & ((labels != IGNORED) & read).cumsum(dim=1).eq(0)
-    group = torch.unique(ids.masked_fill(~prompt, SHARED), dim=0, return_inverse=True)[1]
+    read = attention_mask.bool()
+    prompt = read & (labels != IGNORED).cumsum(dim=1).eq(0)
+    group = torch.unique(input_ids.masked_fill(~prompt, SHARED), dim=0, return_inverse=True)[1]
     mates = group[:, None] == group
     first = mates.int().argmax(dim=1)
-    alike = ((ids == ids[first]) & read & read[first]).cumprod(dim=1).sum(dim=1)
+    alike = ((input_ids == input_ids[first]) & read & read[first]).cumprod(dim=1).sum(dim=1)
     # Of a row's tokens [0, end), which predict the next, [0, part) are shared and the rest begins in column `start`.
     end = read.sum(dim=1) - 1
     part = (torch.where(mates, alike, tokens).amin(dim=1) - 1).clamp(min=0)
     start = part + (mates.tril(-1) * (end - part)).sum(dim=1)
-    own, part, start = own[:, :-1].expand(rows, -1), part[:, None], start[:, None]
+    own = torch.arange(tokens - 1, device=device).expand(rows, -1)
+    end, part, start = end[:, None], part[:, None], start[:, None]
     columns = torch.where(own < part, own, own - part + start)
-    read = own < end[:, None]
+    read = own < end
     place = group[:, None].expand_as(own)[read], columns[read]
     shape = int(group.max()) + 1, int(place[1].max()) + 1
 
@@ -65,17 +71,13 @@ def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Te
         # Where rows share a token its values are the same.
         return values.new_full(shape, empty).index_put_(place, values[read])
 
-    owner = packed(torch.where(own < part, SHARED, torch.arange(rows, device=device)[:, None]), SHARED)
-    # Behind its last token a row goes on with padding, which comes too late to be seen.
-    causal = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).tril()
-    sees = causal & ((owner[:, None] == SHARED) | (owner[:, None] == owner[..., None]))
     return Packed(
-        input_ids=packed(ids[:, :-1], 0),
+        input_ids=packed(input_ids[:, :-1], 0),
         position_ids=packed(own, 0),
         labels=packed(labels[:, 1:], IGNORED),
-        sees=sees[:, None],
+        owner=packed(torch.where(own < part, SHARED, torch.arange(rows, device=device)[:, None]), SHARED),
         group=group,
-        columns=columns.gather(1, (own - padding).clamp(min=0)).clamp(max=shape[1] - 1),
+        columns=columns.clamp(max=shape[1] - 1),
     )
 
 
@@ -85,13 +87,13 @@ def can_share(config: Any) -> bool:
     return config.model_type in FAMILIES and config._attn_implementation in ATTENTION and not windows
 
 
-def share_prompts(model: Any) -> None:
-    """Let ``model``, a causal language model with TRL's fused head, compute a batch's prompts once each.
+def score_answers(model: Any, packs: bool) -> None:
+    """Let ``model``, a causal language model with TRL's fused head, score answers only, and compute prompts once each.
 
     Called with TRL's batch, its forward returns what it did: per-token outputs [rows, tokens - 1], zero where nothing
-    is scored. Only the hidden states of scored tokens go through the head; on a CPU TRL sends all of them. Replaced
-    here, below PEFT and a launcher's wrapper, the forward serves policy and reference. A model that can't (`can_share`)
-    stays as it is.
+    is scored. Only the hidden states of scored tokens go through the head; on a CPU TRL sends all of them. Where it
+    ``packs``, the rows of a prompt are one. Replaced here, below PEFT and a launcher's wrapper, the forward serves
+    policy and reference. A model that can't (`can_share`) stays as it is.
     """
     if not can_share(model.config):
         return
@@ -103,9 +105,9 @@ def share_prompts(model: Any) -> None:
             return fused(*given, **named)
         ids, mask, labels = (named.pop(name) for name in ("input_ids", "attention_mask", "labels"))
         wanted = labels[:, 1:]
-        packed = pack(ids, mask, labels)
-        # Attention to a mask costs length * length: long rests are cheaper in rows of their own.
-        if packed.sees.numel() < ids.numel() * ids.size(1):
+        packed = pack(ids, mask, labels) if packs else None
+        # Attention by a mask costs length * length: long rests are cheaper in rows of their own.
+        if packed and packed.input_ids.numel() * packed.input_ids.size(1) < ids.numel() * ids.size(1):
             named |= {"position_ids": packed.position_ids, "attention_mask": _mask(packed.sees, model)}
             outputs, place = _scored(model, fused, packed.input_ids, packed.labels, named)
             place = place[packed.group].gather(1, packed.columns)
