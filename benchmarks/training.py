@@ -1,7 +1,7 @@
 """Times a step of DPO or GRPO as this repository trains it against TRL's own trainer, on the same rows.
 
-"TRL" is its trainer with its defaults (activations computed again), but for its autocast to bfloat16, with which a CPU
-takes many times as long; "TRL, our settings" has this repository's configuration, "ours" also computes a prompt once.
+"TRL" is its trainer with its defaults (activations computed again), but for its autocast to bfloat16, which is as in
+ours: off on a CPU. "TRL, our settings" has this repository's configuration, "ours" also computes a prompt once.
 Each trains in a process of its own, so that its peak memory is its own, and they take turns: a step of one, a step of
 the next. DPO's steps see no row twice and read the reference for each, but for "ours, rows again", which has read it
 before.
