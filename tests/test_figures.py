@@ -27,7 +27,7 @@ from atp_utils.analysis import (
 )
 from atp_utils.evolution.decisions import Decision, to_frame
 
-RESULTS = resolve("data/results")
+RESULTS = resolve("data/results/quick/evolution")
 MODELS = ("Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct")
 SCENARIOS = ("role_play", "tool_use", "collusion")
 # The figures of the paper's own condition; test_response_figures.py has the others.

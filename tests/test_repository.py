@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from atp_utils import ROOT
+from atp_utils.models.digests import sha256
+from atp_utils.runs import adapters
 
 BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -42,11 +44,16 @@ def test_notebooks_read_well(path):
         assert str(ROOT.parent) + "/" not in outputs
 
 
-def test_nothing_large_and_no_weights_are_tracked():
+def test_nothing_large_and_no_weights_but_small_adapters_are_tracked():
     listing = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)
     if listing.returncode:
         pytest.skip("not a git checkout")
     tracked = [ROOT / name for name in listing.stdout.split("\0") if name]
     present = [path for path in tracked if path.is_file()]
     assert sum(path.stat().st_size for path in present) < 25e6
-    assert not [path for path in present if path.suffix in (".safetensors", ".gguf", ".bin")]
+    weights = [path for path in present if path.suffix in (".safetensors", ".gguf", ".bin")]
+    published = [path for path in weights if path.is_relative_to(ROOT / adapters.PUBLISHED)]
+    assert weights == published and sum(path.stat().st_size for path in published) < 20e6
+    for path in published:
+        facts = json.loads(path.with_name("manifest.json").read_text())
+        assert path.stat().st_size <= adapters.LARGEST and facts["sha256"] == sha256(path)

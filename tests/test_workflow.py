@@ -268,8 +268,6 @@ def test_a_conditions_own_settings_rerun_its_jobs_alone(finished, tmp_path):
     before = profile.read_text()
     snakemake(finished, "--touch", "--forceall")
     try:
-        profile.write_text(before + "  04_evolve_role_play/caught: {rounds: 5}\n")
-        assert jobs(finished) == {}
         profile.write_text(before + "  04_evolve_role_play/standard: {rounds: 5}\n")
         assert jobs(finished) == {"evolve": 3, "figures": 2}
     finally:
