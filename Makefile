@@ -84,7 +84,7 @@ bench: model ## time the evolution against a plain loop
 	$(BIN)/python benchmarks/evolution.py
 
 notebooks: model ## execute the notebooks in place, with their own defaults
-	ATP_PROGRESS=/dev/null $(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
+	ATP_PROGRESS=/dev/null $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 publish: $(INSTALLED) ## copy a profile's complete runs to data/results (OPTIONS=--overwrite to drop runs there)
 	$(BIN)/python -m atp_utils.runs.publish "$(RUN)" "data/results/$(NAME)" $(OPTIONS)

@@ -41,6 +41,7 @@ def test_notebooks_read_well(path):
         source, outputs = "".join(cell["source"]), json.dumps(cell["outputs"])
         assert source.count("\n") < (36 if listing else 25) and cell["execution_count"] is not None, source
         assert '"output_type": "error"' not in outputs and '"stderr"' not in outputs, source
+        assert "execution" not in cell["metadata"], "times of execution: run make notebooks"
         assert str(ROOT.parent) + "/" not in outputs
 
 
