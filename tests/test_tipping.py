@@ -46,6 +46,17 @@ def test_recollusion_after_success():
     assert found.loc[6, "n"] == 0 and math.isnan(found.loc[6, "rate"])
 
 
+def test_games_of_different_trainings_are_different_games():
+    # Round 1 succeeded in the second training alone, where 7 of 8 went on; both end in a success, with more collusion.
+    first, second = table([3, 8]).assign(training_seed=0), table([5, 7]).assign(training_seed=1)
+    both = pd.concat([first, second])
+    [row] = tipping.recollusion_table(both).itertuples()
+    assert (row.n, row.rate) == (8, 7 / 8)
+    [row] = tipping.cascade_table(both).itertuples()
+    assert (row.n, row.rate) == (2, 1.0)
+    assert tipping.case_study(both, "g0")["training_seed"].unique().tolist() == [0]
+
+
 def test_cascades():
     # A cascade: 4 -> 8; all the time 8; 5 -> 6. None: a fall to success, a rise to failure, no change.
     episodes = [[4, 6, 8], [8, 8, 8], [5, 4, 6], [6, 6, 5], [1, 2, 3], [5, 5, 5]]

@@ -136,6 +136,13 @@ def test_time_to_tip_by_hand():
     assert table["n"].tolist() == [4, 4, 4] and table["rate"].tolist() == [1, 0.75, 0.5]
 
 
+def test_agents_of_different_trainings_tip_apart():
+    # The same two items in two trainings: two of four agents leave in round 2.
+    first, second = survivors("ccc", "cdc"), survivors("cdd", "ccc")
+    table = verdicts.time_to_tip(pd.concat([first.assign(training_seed=0), second.assign(training_seed=1)]))
+    assert table["n"].tolist() == [4, 4, 4] and table["rate"].tolist() == [1, 0.5, 0.5]
+
+
 def test_erosion_by_hand():
     # Four environments: base starts at .8, the arm at .2 and ends at .5: half of the gain of .6 is gone.
     rows = []

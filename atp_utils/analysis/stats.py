@@ -83,6 +83,11 @@ def kinds_of(decisions: pd.DataFrame, units: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*units, *(["training_seed"] if several else [])]))
 
 
+def repetitions(decisions: pd.DataFrame) -> list[str]:
+    """The columns that tell the repetitions of an item apart: the seeds of its arm's training and of its draws."""
+    return [name for name in ("training_seed", "seed") if name in decisions]
+
+
 def rate_table(
     decisions: pd.DataFrame,
     value: str = "deviated",

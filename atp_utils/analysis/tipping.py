@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from atp_utils.analysis.stats import ARMS
+from atp_utils.analysis.stats import ARMS, repetitions
 from atp_utils.evolution.requests import Reply
 
 
@@ -19,12 +19,13 @@ def at_ratio_one(games: pd.DataFrame) -> pd.DataFrame:
 
 
 def episode_table(decisions: pd.DataFrame) -> pd.DataFrame:
-    """Collusion by episode and round: one row a (model, arm, seed, item, round).
+    """Collusion by episode and round: one row a (model, arm, training_seed, seed, item, round).
 
     Columns besides these: environment, threshold, incentive_ratio, n (valid decisions), rate (share of them that
     collude; NaN for n = 0) and succeeded.
     """
-    keys = ["model", "arm", "seed", "item", "environment", "threshold", "incentive_ratio", "round"]
+    game = ["item", "environment", "threshold", "incentive_ratio", "round"]
+    keys = ["model", "arm", *repetitions(decisions), *game]
     groups = decisions.groupby(keys, observed=True)
     table = groups.agg(n=("valid", "sum"), rate=("deviated", "mean"), succeeded=("succeeded", "first"))
     return table.reset_index().astype({"rate": float, "n": int, "succeeded": bool})
@@ -35,7 +36,7 @@ def recollusion_table(decisions: pd.DataFrame) -> pd.DataFrame:
 
     Columns: these, n (valid round-2 decisions after a success; 0 where no episode succeeded) and rate (NaN there).
     """
-    keys = ["model", "arm", "seed", "item"]
+    keys = ["model", "arm", *repetitions(decisions), "item"]
     first = decisions[decisions["round"] == 1].groupby(keys, observed=True)["succeeded"].first().rename("won")
     second = decisions[decisions["round"] == 2].join(first, on=keys)
     cells = ["model", "arm", "threshold", "incentive_ratio"]
@@ -51,7 +52,7 @@ def cascade_table(decisions: pd.DataFrame) -> pd.DataFrame:
     arm, threshold, incentive_ratio, n (episodes), rate.
     """
     table = episode_table(decisions).sort_values("round")
-    keys = ["model", "arm", "threshold", "incentive_ratio", "seed", "item"]
+    keys = ["model", "arm", "threshold", "incentive_ratio", *repetitions(table), "item"]
     ends = table.groupby(keys, observed=True).agg(
         first=("rate", "first"), last=("rate", "last"), lowest=("rate", "min"), won=("succeeded", "last")
     )
@@ -63,13 +64,13 @@ def case_study(decisions: pd.DataFrame, environment: str) -> pd.DataFrame:
     """The decisions of one episode of ``environment``, picked by a rule: the one whose collusion rate rose most.
 
     Only episodes of the most aligned arm that played it count (GRPO before DPO before base, as in Figure 5). Ties go
-    to the first by seed, then item, then model. Empty where the environment was not played.
+    to the first by seeds, then item, then model. Empty where the environment was not played.
     """
     own = decisions[decisions["environment"] == environment]
     if own.empty:
         return own
     own = own[own["arm"] == max(own["arm"].unique(), key=ARMS.index)]
-    keys = ["seed", "item", "model"]
+    keys = [*repetitions(own), "item", "model"]
     table = episode_table(own).sort_values("round")
     rises = table.groupby(keys, observed=True)["rate"].agg(lambda rate: rate.iloc[-1] - rate.iloc[0])
     # An episode without a valid decision at either end is behind all others.

@@ -52,13 +52,13 @@ def paper_columns() -> pd.DataFrame:
 def problem_table(decisions: pd.DataFrame, kind: str = "complex") -> pd.DataFrame:
     """The tool-use rows of a ``kind`` of problem, with the columns that `MEASURES` names, each True, False or missing.
 
-    history: which agent it is, of all seeds. used: whether the policy was the tool, p_tool: the engine's probability of
-    it (complex problems, ``choose`` only), tool_used: whether code ran; these three are missing for invalid decisions.
-    solved and unanswered are known for all: what has no marked answer counts as not solved.
+    history: which agent it is, of all trainings and seeds. used: whether the policy was the tool, p_tool: the engine's
+    probability of it (complex problems, ``choose`` only), tool_used: whether code ran; these three are missing for
+    invalid decisions. solved and unanswered are known for all: what has no marked answer counts as not solved.
     """
     rows = decisions[(decisions["scenario"] == "tool_use") & decisions["item"].str.startswith(f"{kind}-")]
     return rows.assign(
-        history=rows["seed"].astype(str) + "/" + rows["agent"].astype(str),
+        history=rows.groupby([*stats.repetitions(rows), "agent"], observed=True).ngroup(),
         used=rows["choice"] == "tool",
         p_tool=1 - rows["p_deviate"],
         solved=rows["correct"].fillna(False),
@@ -191,7 +191,8 @@ def agent_spread(decisions: pd.DataFrame, measure: str = "tool usage") -> pd.Dat
     """
     rows = problem_table(decisions)
     rows = rows[rows[MEASURES[measure]].notna()]
-    means = rows.groupby([*KEYS, "seed", "agent"], observed=True)[MEASURES[measure]].mean().astype(float)
+    agents = rows.groupby([*KEYS, *stats.repetitions(rows), "agent"], observed=True)
+    means = agents[MEASURES[measure]].mean().astype(float)
     ends = means.groupby(level=list(KEYS)).agg(["count", "min", "max"]).reset_index()
     cells = [f"{100 * low:.1f}-{100 * high:.1f}" for low, high in zip(ends["min"], ends["max"], strict=True)]
     wide = stats.by_round(ends.assign(cell=cells), ["model", "arm"])

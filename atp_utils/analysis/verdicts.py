@@ -128,8 +128,9 @@ def _fieller(both: pd.DataFrame) -> tuple[float, float, float]:
         return nan, nan, nan
     kinds = stats.levels(both["lost"])
     changes = (both["lost"], both["gained"], both["lost"] - both["gained"])
-    v_lost, v_gained, v_difference = (stats.estimate(values, *kinds)[1] ** 2 for values in changes)
-    v_both, freedom = (v_lost + v_gained - v_difference) / 2, min(len(set(kind)) for kind in kinds) - 1
+    _, errors, [freedom, *_] = zip(*(stats.estimate(values, *kinds) for values in changes), strict=True)
+    v_lost, v_gained, v_difference = (error**2 for error in errors)
+    v_both = (v_lost + v_gained - v_difference) / 2
     ratio, k = both["lost"].mean() / gained, (t.ppf(1 - ALPHA / 2, freedom) / gained) ** 2 if freedom > 1 else nan
     if not k * v_gained < 1:
         return float(ratio), nan, nan
@@ -144,7 +145,7 @@ def time_to_tip(decisions: pd.DataFrame) -> pd.DataFrame:
     Columns: `KEYS`, condition, round, n (agents at the start), rate, low, high (95 %, over units). The only censoring
     is the end of the run. Of lived histories.
     """
-    agent = [*KEYS, "condition", "seed", "item", "agent"]
+    agent = [*KEYS, "condition", *stats.repetitions(decisions), "item", "agent"]
     known = stats.lived(decisions[decisions["valid"] & decisions["deviated"].notna()])
     known = known.sort_values("round").astype({"deviated": bool})
     complied = known[~known.groupby(agent, observed=True)["deviated"].transform("first")]
