@@ -47,8 +47,8 @@ from atp_utils.support.values import (
 
 PROFILES = Path("profiles")
 # What the pipeline gives each job; a profile's value would be ignored.
-GIVEN = {"model", "scenario", "arm", "training_seed", "condition", "adapter", "data", "out"}
-GIVEN |= {"results", "figures", "overwrite"}
+PATHS = {"adapter", "data", "out", "results", "figures", "overwrite"}
+GIVEN = PATHS | {"model", "scenario", "arm", "training_seed", "condition"}
 
 
 def _scenario(name: str) -> str:

@@ -1,6 +1,7 @@
 """Adapters that are published: which are, what lies with them, and when one is taken."""
 
 import json
+from itertools import product
 
 import pytest
 from test_folders import contents
@@ -61,6 +62,16 @@ def test_a_users_folder_is_left(run, tmp_path):
     with pytest.raises(FileExistsError, match="wasn't made by this project"):
         adapters.publish(run, tmp_path / "published")
     assert contents(mine) == {"thesis.txt": b"years of work"}
+
+
+@pytest.mark.parametrize("scenario", parameters.read_profile("quick").scenarios)
+def test_the_quick_profile_trains_nothing_that_it_evolves(scenario):
+    profile = parameters.read_profile("quick")
+    for model, policy in product(profile.models, profile.policies(scenario)):
+        arm, _, seed = policy.partition("-")
+        if arm != "base":
+            given = profile.parameters(parameters.ALIGN[arm], scenario, model).model_dump(mode="json")
+            assert adapters.published(model, scenario, arm, int(seed), given), policy
 
 
 @pytest.mark.parametrize(

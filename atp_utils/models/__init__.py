@@ -18,9 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from atp_utils import resolve, shown
-from atp_utils.models import chat_template, embedded, weights_memory
+from atp_utils.models import chat_template, embedded, precisions, weights_memory
 from atp_utils.models.digests import adapter_digest, folder_digest
-from atp_utils.models.precisions import precision
 
 EMBEDDED = "smollm2-135m"
 
@@ -80,7 +79,7 @@ def load_weights(name: str, dtype: str | torch.dtype = "auto", device_map: str |
     has its own. Raises OSError where the model can't be had, and MemoryError where it is larger than what is free.
     """
     quiet()
-    source, dtype = locate(name), precision(dtype)
+    source, dtype = locate(name), precisions.precision(dtype)
     weights_memory.check(name, read_config(name), dtype, all_gpus=device_map is not None)
     advice = "while the model was loaded: end what else uses the GPU, or take a smaller model"
     with _naming(name), weights_memory.advice(advice):
@@ -115,7 +114,7 @@ def identity(name: str, adapter: str | Path | None = None, dtype: str | torch.dt
     parts = [
         name,
         str(revision),
-        str(precision(dtype)).removeprefix("torch."),
+        precisions.name_of(dtype),
         chat_template.fingerprint(load_tokenizer(name)),
     ]
     if adapter is not None:

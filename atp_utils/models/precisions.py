@@ -22,6 +22,11 @@ def precision(dtype: str | torch.dtype) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
+def name_of(dtype: str | torch.dtype) -> str:
+    """What the `precision` is called, never "auto"."""
+    return str(precision(dtype)).removeprefix("torch.")
+
+
 @lru_cache(maxsize=1)
 def fastest() -> torch.dtype:
     """bfloat16 on a GPU, or where it multiplies clearly faster than float32, which is measured once a process."""

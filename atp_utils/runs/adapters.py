@@ -15,6 +15,7 @@ import pandas as pd
 
 from atp_utils import resolve, shown
 from atp_utils.parameters import EVOLVE
+from atp_utils.runs import PLACE
 from atp_utils.support import files, folders
 from atp_utils.support.files import as_folder
 from atp_utils.support.manifest import MANIFEST
@@ -22,8 +23,8 @@ from atp_utils.support.manifest import MANIFEST
 PUBLISHED = Path("data/adapters")
 WEIGHTS, CONFIG, LOG, CARD = "adapter_model.safetensors", "adapter_config.json", "training_log.csv", "README.md"
 LARGEST = 2 << 20  # bytes of weights; what is larger belongs on a model hub
-# Where a training took place, and what was asked of its result: `runs.PLACE`, and the prompts' folder.
-ANY = {"out", "overwrite", "servers", "launcher", "min_mass", "data", "seed", "scenario", "model"}
+# What doesn't tell one training from another, and what its place below `PUBLISHED` tells.
+ANY = PLACE | {"data", "model", "scenario", "seed"}
 
 
 def folder(model: str, scenario: str, arm: str, seed: int, root: Path = PUBLISHED) -> Path:

@@ -60,9 +60,9 @@ def begin(scenario: str, namespace: Mapping[str, Any]) -> Evolving:
     if folders.check(run.out, run.marker, overwrite=given.overwrite) != run.marker:
         folders.claim(run.out, run.marker, overwrite=True, append=True)
         remove_derived(run.out)
-    weights = (given.model, scenario, given.arm, given.adapter, given.servers, run.out, given.training_seed)
     settings = {"dtype": given.dtype, "batch_tokens": given.batch_tokens, "cache_bytes": given.cache_gb * 1e9}
-    engine = open_engine(*weights, **settings)
+    settings |= {"training_seed": given.training_seed}
+    engine = open_engine(given.model, scenario, given.arm, given.adapter, given.servers, run.out, **settings)
     return Evolving(run, engine, given.protocol_of(), items)
 
 

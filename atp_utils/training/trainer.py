@@ -26,10 +26,9 @@ from trl import DPOConfig, GRPOConfig
 from trl.import_utils import is_vllm_available
 
 from atp_utils import models, parameters, shown
-from atp_utils.models import weights_memory
+from atp_utils.models import precisions, weights_memory
 from atp_utils.models.chat_template import turn_end
 from atp_utils.models.digests import sha256
-from atp_utils.models.precisions import precision
 from atp_utils.runs import PLACE, Run
 from atp_utils.runs.adapters import LOG, WEIGHTS
 from atp_utils.scenarios.registry import SCENARIOS, source
@@ -137,7 +136,7 @@ def _log_of(run: Run, rows: list[dict]) -> pd.DataFrame:
     with progress.bar(total, f"{run.notebook} {given.model}") as bar:
         if given.launcher:
             # Processes that measured for themselves, all at once, might not agree.
-            settings = run.settings | {"dtype": str(precision(given.dtype)).removeprefix("torch.")}
+            settings = run.settings | {"dtype": precisions.name_of(given.dtype)}
             files.write_json(out / TASK, {"notebook": run.notebook, "parameters": settings, "rows": rows})
             launch.run(given.launcher, f"{PACKAGE}.training.trainer", [str(out)], out / OUTPUT, bar)
         else:
