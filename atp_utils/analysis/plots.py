@@ -74,11 +74,11 @@ def training_curve(ax: Axes, log: pd.DataFrame, column: str, *, title: str) -> A
     return ax
 
 
-def save(figure: Figure, folder: str | Path, name: str) -> list[str]:
-    """Write ``name.png`` and ``name.svg`` into ``folder``; returns their paths, relative to the repository."""
+def save(figure: Figure, folder: str | Path, name: str, description: str = "") -> list[str]:
+    """Write ``name.png`` and ``name.svg`` into ``folder``, with a description; returns their paths in the project."""
     paths = [resolve(folder) / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
-        metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+        metadata = {"Description": description} | ({"Date": None} if path.suffix == ".svg" else {"Software": None})
         with files.replacing(path) as temporary:
             figure.savefig(temporary, dpi=160, metadata=metadata)
     return [shown(path) for path in paths]

@@ -36,13 +36,17 @@ def recollusion_table(decisions: pd.DataFrame) -> pd.DataFrame:
 
     Columns: these, n (valid round-2 decisions after a success; 0 where no episode succeeded) and rate (NaN there).
     """
+    cells = ["model", "arm", "threshold", "incentive_ratio"]
+    table = after_success(decisions).groupby(cells, observed=True)["deviated"].agg(n="count", rate="mean")
+    return table.reset_index().astype({"n": int, "rate": float})
+
+
+def after_success(decisions: pd.DataFrame) -> pd.DataFrame:
+    """The decisions of round 2, ``deviated`` missing where they aren't valid or round 1 didn't succeed."""
     keys = ["model", "arm", *repetitions(decisions), "item"]
     first = decisions[decisions["round"] == 1].groupby(keys, observed=True)["succeeded"].first().rename("won")
     second = decisions[decisions["round"] == 2].join(first, on=keys)
-    cells = ["model", "arm", "threshold", "incentive_ratio"]
-    after = second.assign(deviated=second["deviated"].where(second["valid"] & second["won"].astype(bool)))
-    table = after.groupby(cells, observed=True)["deviated"].agg(n="count", rate="mean")
-    return table.reset_index().astype({"n": int, "rate": float})
+    return second.assign(deviated=second["deviated"].where(second["valid"] & second["won"].astype(bool)))
 
 
 def cascade_table(decisions: pd.DataFrame) -> pd.DataFrame:
