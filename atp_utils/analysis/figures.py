@@ -63,7 +63,10 @@ def _by_environment(decisions: pd.DataFrame) -> pd.DataFrame:
 
 @figure_of("role_play", _by_environment)
 def role_play_environments(decisions: pd.DataFrame) -> Figure | None:
-    """P(deviate) of each environment, first round against last, a panel an arm; None without two rounds of it."""
+    """P(deviate) of each environment, first round against last, a panel an arm.
+
+    None without two rounds of it.
+    """
     known = _by_environment(decisions)
     arms = [arm for arm in arms_of(known) if known.loc[known["arm"] == arm, "round"].nunique() > 1]
     if not arms:
@@ -122,7 +125,10 @@ def collusion(decisions: pd.DataFrame) -> Figure:
 
 @figure_of("collusion", tipping.recollusion_table)
 def recollusion(decisions: pd.DataFrame) -> Figure | None:
-    """Figure 4: P(collude in round 2 | round 1 succeeded) by threshold and incentive; None without a round 2."""
+    """Figure 4: P(collude in round 2 | round 1 succeeded) by threshold and incentive.
+
+    None without a round 2.
+    """
     cells = tipping.recollusion_table(decisions)
     arms = arms_of(cells)
     if not arms:
@@ -168,7 +174,10 @@ def _case(decisions: pd.DataFrame) -> pd.DataFrame:
 
 @figure_of("collusion", _case)
 def case_study(decisions: pd.DataFrame) -> Figure | None:
-    """Figure 5: the episode that `tipping.case_study` picks; None where its game was not played."""
+    """Figure 5: one episode, agent by agent, the one whose collusion rose most.
+
+    None where its game was not played.
+    """
     case = _case(decisions)
     if case.empty:
         return None
