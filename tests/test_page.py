@@ -16,7 +16,8 @@ QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-ne
 # A frame as wide as a telephone, which then says what a reader would see.
 WRAPPER = """<!doctype html><meta charset="utf-8"><iframe width="390" height="800" srcdoc="{page}"
 onload="const d = this.contentDocument, shown = [...d.images].filter(i => i.naturalWidth).length;
-document.body.append('missing=' + (d.images.length - shown) + ' images=' + d.images.length + ' width=' + d.documentElement.scrollWidth)"></iframe>"""
+document.body.append('missing=' + (d.images.length - shown) + ' images=' + d.images.length
++ ' width=' + d.documentElement.scrollWidth)"></iframe>"""
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ NAMES = {"base": "base", "dpo": "DPO", "grpo": "GRPO"}
 
 
 def set_style() -> None:
-    """The look of every figure; SVG output that is the same for the same data."""
+    """The look of every figure and table; SVG output that is the same for the same data."""
+    pd.set_option("display.max_colwidth", None)
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9)
     plt.rcParams.update({"figure.dpi": 110, "svg.hashsalt": "atp", "figure.constrained_layout.use": True})
 
