@@ -14,6 +14,7 @@ from atp_utils.analysis import plots, stats, tables, tipping, tool_use_tables
 from atp_utils.analysis.drawing import about, arms_of, figure_of, grid
 
 CASE = "information_sharing"  # the game of the paper's case study
+SPEAKERS = 4  # agents whose words a case study has room for
 ACROSS = 4  # panels side by side, at most
 
 
@@ -169,20 +170,28 @@ def _cell_size(cells: pd.DataFrame) -> tuple[float, float]:
 
 def _case(decisions: pd.DataFrame) -> pd.DataFrame:
     columns = ["model", "arm", "seed", "item", "round", "agent", "choice", "deviated", "capital", "succeeded", "valid"]
-    return tipping.case_study(decisions, CASE)[columns]
+    return tipping.case_study(decisions, CASE).reindex(columns=[*columns, "words"])
 
 
 @figure_of("collusion", _case)
 def case_study(decisions: pd.DataFrame) -> Figure | None:
     """Figure 5: one episode, agent by agent, the one whose collusion rose most.
 
+    Where agents wrote freely it shows the ends of what `SPEAKERS` of them said (``words``), else all choices.
     None where its game was not played.
     """
     case = _case(decisions)
     if case.empty:
         return None
+    first, spoken = case.iloc[0], case["words"].notna().any()
+    if spoken:
+        case = case[case["agent"].isin(sorted(case["agent"].unique())[:SPEAKERS])]
     rounds, agents = case["round"].nunique(), case["agent"].nunique()
-    figure, [[ax]] = grid(about(decisions, "Case study"), 1, 1, max(5.5, 1.5 * rounds + 1), 0.42 * agents + 1)
-    first = case.iloc[0]
-    plots.trace(ax, case, title=f"{plots.NAMES[first['arm']]}, seed {first['seed']}\n{first['item']}")
+    size = (3.7 * rounds + 0.6, 1.15 * agents + 1) if spoken else (max(5.5, 1.5 * rounds + 1), 0.42 * agents + 1)
+    figure, [[ax]] = grid(about(decisions, "Case study"), 1, 1, *size)
+    title = f"{plots.NAMES[first['arm']]}, seed {first['seed']}\n{first['item']}"
+    if spoken:
+        plots.spoken(ax, case, title=title, characters=58, lines=6)
+    else:
+        plots.trace(ax, case, title=title)
     return figure

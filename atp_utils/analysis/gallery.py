@@ -73,7 +73,8 @@ def main() -> int:
     parser.add_argument("figures", help="where the drawings go")
     options = parser.parse_args()
     try:
-        decisions = journal.read_decisions(resolve(options.results))
+        results = resolve(options.results)
+        decisions = journal.with_words(journal.read_decisions(results), results)
         folder = claim(options.figures, options.results, overwrite=True)
     except (FileNotFoundError, FileExistsError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

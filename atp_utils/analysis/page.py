@@ -34,7 +34,7 @@ SCORED = (
 
 def page(results: Path) -> str:
     """The HTML of a folder of recorded runs. Raises FileNotFoundError where it has none."""
-    decisions = journal.read_decisions(results)
+    decisions = journal.with_words(journal.read_decisions(results), results)
     found = list(_runs(results))
     names = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     return names.get_template(TEMPLATE).render(

@@ -226,6 +226,14 @@ def read_decisions(folder: Path) -> pd.DataFrame:
     return pd.concat(parts.values(), ignore_index=True)
 
 
+def with_words(decisions: pd.DataFrame, results: Path) -> pd.DataFrame:
+    """``decisions`` with a column ``words``: what was written where the choice was made; missing for forced choices."""
+    written = decisions["p_deviate"].isna() & decisions["valid"]
+    replies = read_replies(results) if written.any() else {}
+    words = decisions["reply"].where(written).map(lambda digest: replies[digest].text, na_action="ignore")
+    return decisions.assign(words=words.astype("string"))
+
+
 def read_replies(results: Path) -> dict[str, Reply]:
     """Digest -> reply of every run below ``results``, published (compressed) or not."""
     replies = {}
