@@ -89,6 +89,11 @@ def read_record(path: Path, *, repair: bool = False) -> Record:
     return record
 
 
+def address(kind: str, asked: str) -> str:
+    """The journal's key of what a tool was asked."""
+    return hashlib.sha256(f"{kind}\n{asked}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
 class Journal:
     """Append-only record in ``folder``; one process at a time (raises RuntimeError otherwise).
 
@@ -139,7 +144,7 @@ class Journal:
 
         ``kind`` names everything else that it depends on.
         """
-        digest = hashlib.sha256(f"{kind}\n{asked}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        digest = address(kind, asked)
         if digest not in self.record.results:
             self._append({"tool": digest, "kind": kind, "asked": asked, "result": make()})
         return self.record.results[digest]
