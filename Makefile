@@ -9,6 +9,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CLUSTER_INSTALLED := .venv/.installed-cluster
 LLAMA_CPP_INSTALLED := .venv/.installed-llama-cpp
+RESULTS ?= data/results
+FIGURES ?= figures
+REPORT ?= runs/report.html
 # PROFILE may be a file, with spaces in its path: its run has the file's name.
 NAME = $(shell basename -- "$(PROFILE)" .yaml)
 RUN = runs/$(NAME)
@@ -31,7 +34,7 @@ NBVAL := ATP_PROGRESS=/dev/null $(PYTEST) -p no:cacheprovider --timeout 0 \
 	--nbval-cell-timeout 3000 --nbval-sanitize-with tests/notebooks/sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help install model pilot reproduce test test-cluster test-llama-cpp lab bench notebooks publish clean
+.PHONY: help install model pilot reproduce test test-cluster test-llama-cpp lab bench notebooks figures report publish clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -85,6 +88,12 @@ bench: model ## time the evolution against a plain loop
 
 notebooks: model ## execute the notebooks in place, with their own defaults
 	ATP_PROGRESS=/dev/null $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+
+figures: $(INSTALLED) ## draw all figures of recorded results, with their numbers (RESULTS=data/results, FIGURES=figures)
+	@$(BIN)/python -m atp_utils.analysis.gallery "$(RESULTS)" "$(FIGURES)"
+
+report: $(INSTALLED) ## write one HTML file of all tables, figures, parameters and provenance (RESULTS=, REPORT=runs/report.html)
+	@$(BIN)/python -m atp_utils.analysis.page "$(RESULTS)" "$(REPORT)"
 
 publish: $(INSTALLED) ## copy a profile's complete runs to data/results (OPTIONS=--overwrite to drop runs there)
 	$(BIN)/python -m atp_utils.runs.publish "$(RUN)" "data/results/$(NAME)" $(OPTIONS)

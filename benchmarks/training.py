@@ -28,6 +28,7 @@ from atp_utils import models, parameters, resolve
 from atp_utils.runs import Run
 from atp_utils.scenarios.registry import SCENARIOS
 from atp_utils.support.files import write_parquet
+from atp_utils.support.manifest import processor
 from atp_utils.training import exact_trainers, pairs, trainer
 
 KINDS = ("TRL", "TRL, our settings", "ours", "ours, rows again")
@@ -89,12 +90,6 @@ def train(kind, dtype, options, pipe):
         training.remove_callback(PrinterCallback)
         training.add_callback(Turns(pipe))
         training.train()
-
-
-def processor():
-    """The processor's name, as Linux has it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
 
 
 def main():

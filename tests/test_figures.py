@@ -143,9 +143,11 @@ def test_any_scenarios(scenarios, tmp_path):
     drawn = [path for name in FIGURES for path in gallery.draw(rows_of(decisions, name), name, tmp_path)]
     expected = {name for name in FIGURES if SCENARIO.get(name, "collusion") in scenarios}
     assert {path.name for path in tmp_path.iterdir()} == {
-        f"{name}_Qwen--Qwen3-8B.{kind}" for name in expected for kind in ("png", "svg")
+        f"{name}_Qwen--Qwen3-8B.{kind}" for name in expected for kind in ("png", "svg", "csv")
     }
     assert len(drawn) == 2 * len(expected)
+    for path in tmp_path.glob("*.csv"):
+        assert len(pd.read_csv(path)), path
 
 
 ODD = {
@@ -243,6 +245,28 @@ def test_figures_of_other_results_are_not_mixed(tmp_path):
         gallery.claim(folder, tmp_path / "two/one")
     gallery.claim(folder, tmp_path / "two/one", overwrite=True)
     assert not (folder / "old.png").exists()
+
+
+def test_a_drawing_says_what_it_shows(tmp_path):
+    gallery.draw(rows_of(record(("role_play",)), "role_play"), "role_play", tmp_path)
+    [drawing] = tmp_path.glob("*.svg")
+    assert "Violation rate and, where recorded, mean P(deviate) by round" in drawing.read_text()
+    assert "Model: Qwen/Qwen3-8B." in drawing.read_text()
+
+
+def test_all_is_drawn_by_one_command_and_never_over_others(tmp_path, capsys, monkeypatch):
+    shutil.copytree(RESULTS / "collusion", tmp_path / "results/collusion")
+    monkeypatch.setattr("sys.argv", ["gallery", str(tmp_path / "results"), str(tmp_path / "figures")])
+    assert gallery.main() == 0
+    printed = capsys.readouterr().out.split()
+    assert len(printed) == 2 * len(list((tmp_path / "figures").glob("*.csv"))) > 4
+    monkeypatch.setattr("sys.argv", ["gallery", str(tmp_path / "none"), str(tmp_path / "figures")])
+    assert gallery.main() == 2 and "no complete run" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").touch()
+    monkeypatch.setattr("sys.argv", ["gallery", str(tmp_path / "results"), str(tmp_path / "mine")])
+    assert gallery.main() == 2 and "mine" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.timeout(300)

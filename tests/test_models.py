@@ -67,7 +67,9 @@ def test_only_inference_spreads_a_model_over_the_gpus(on_gpu, tmp_path, monkeypa
 
     def load(source, device_map, **_):
         maps.append(device_map)
-        return torch.nn.Linear(1, 1)
+        model = torch.nn.Linear(1, 1)
+        model.get_output_embeddings = lambda: model
+        return model
 
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", load)
     monkeypatch.setattr(models, "read_config", lambda name: SimpleNamespace(quantization_config={"bits": 4}))
@@ -75,6 +77,16 @@ def test_only_inference_spreads_a_model_over_the_gpus(on_gpu, tmp_path, monkeypa
     models.load("some/model")
     models.load_weights("some/model")
     assert maps == ["auto" if on_gpu else None, None]
+
+
+def test_the_head_reads_the_last_tokens_in_one_piece(embedded):
+    # Of a slice PyTorch copies the head's weights once for each row, in bfloat16.
+    model, pieces = models.load(embedded), []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, given, out: pieces.append(given[0].is_contiguous()))
+    with torch.inference_mode():
+        logits = model(torch.tensor([[1, 2, 3], [4, 5, 6]]), logits_to_keep=2).logits
+    assert pieces == [True] and logits.shape[:2] == (2, 2)
 
 
 def test_a_local_folder_works_in_its_place(embedded, tmp_path):

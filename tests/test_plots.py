@@ -63,6 +63,16 @@ def test_a_trace_has_a_cell_for_every_decision(ax):
     assert len(ax.patches) == 24 and len(filled) == 20
 
 
+def test_an_episode_is_shown_as_it_was_said(ax):
+    words = "I weighed it for long. " * 20 + "All will share, so I do too."
+    decisions = table([1, 8]).assign(words=words, p_deviate=pd.NA)
+    decisions.loc[0, ["words", "valid"]] = [pd.NA, False]
+    plots.spoken(ax, decisions, title="t", characters=40, lines=3)
+    texts = [text.get_text() for text in ax.texts]
+    assert texts[0] == "invalid" and len(texts) == 16
+    assert texts[1].startswith("... ") and texts[1].endswith("so I do too.") and texts[1].count("\n") == 2
+
+
 def test_the_same_data_give_the_same_files(tmp_path):
     plots.set_style()
     written = []

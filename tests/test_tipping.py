@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 
 from atp_utils.analysis import tipping
-from atp_utils.evolution.requests import Reply
 
 
 def table(*episodes, threshold=4, rho=1.0, arm="base", start=0):
@@ -71,11 +70,3 @@ def test_the_case_study_is_the_steepest_rise_of_the_most_aligned_arm():
     # Rises of 1, 4 and 4 of 8 agents: the first of the two steepest.
     assert set(case["item"]) == {"i1-4"} and set(case["arm"]) == {"dpo"} and len(case) == 16
     assert tipping.case_study(decisions, "another game").empty
-
-
-def test_excerpts_are_the_ends_of_what_was_written():
-    decisions = table([1, 8]).assign(reply="r", p_deviate=pd.NA)
-    replies = {"r": Reply("I think that\n all will share.", 1, 1, "stop")}
-    lines = tipping.excerpts(decisions, replies, agents=1, characters=15)
-    assert lines == ["round 1, agent 0: ...all will share.", "round 2, agent 0: ...all will share."]
-    assert tipping.excerpts(decisions.assign(p_deviate=0.5), replies) == []

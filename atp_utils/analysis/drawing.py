@@ -12,16 +12,21 @@ from atp_utils.analysis import stats
 from atp_utils.analysis.stats import ARMS
 
 Draws = Callable[[pd.DataFrame], Figure | None]
+Tabled = Callable[[pd.DataFrame], pd.DataFrame]
 FIGURES: dict[str, Draws] = {}
+TABLES: dict[str, Tabled] = {}  # figure -> the numbers that it shows
 OF: dict[str, list[str]] = {}  # scenario -> its figures
 ALL_CONDITIONS: set[str] = set()  # figures that take all conditions; others get the standard one
 
 
-def figure_of(scenario: str, *, all_conditions: bool = False) -> Callable[[Draws], Draws]:
-    """Register the decorated function, by its name, as a figure of a scenario; "" for any that has none."""
+def figure_of(scenario: str, table: Tabled, *, all_conditions: bool = False) -> Callable[[Draws], Draws]:
+    """Register the decorated function, by its name, as a figure of a scenario; "" for any that has none.
+
+    ``table`` gives the numbers that the figure shows, of the same decisions.
+    """
 
     def register(function: Draws) -> Draws:
-        FIGURES[function.__name__] = function
+        FIGURES[function.__name__], TABLES[function.__name__] = function, table
         OF.setdefault(scenario, []).append(function.__name__)
         if all_conditions:
             ALL_CONDITIONS.add(function.__name__)

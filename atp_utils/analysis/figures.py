@@ -14,16 +14,14 @@ from atp_utils.analysis import plots, stats, tables, tipping, tool_use_tables
 from atp_utils.analysis.drawing import about, arms_of, figure_of, grid
 
 CASE = "information_sharing"  # the game of the paper's case study
+SPEAKERS = 4  # agents whose words a case study has room for
 ACROSS = 4  # panels side by side, at most
 
 
-@figure_of("")
-def rounds(decisions: pd.DataFrame) -> Figure:
-    """Deviation rate and, where recorded, mean P(deviate) by round."""
-    ours = _ours(decisions)
-    figure, axes = grid(about(decisions, "Deviations"), 1, len(ours), 3.6, 3.3, sharey=True)
-    _draw_ours(axes[0], decisions, ours, "deviation rate (%)")
-    return figure
+def _measured(decisions: pd.DataFrame) -> pd.DataFrame:
+    """Each measure's rates by arm and round."""
+    parts = [stats.rate_table(decisions, value).assign(measure=title) for title, value in _ours(decisions).items()]
+    return pd.concat(parts, ignore_index=True)
 
 
 def _ours(decisions: pd.DataFrame) -> dict[str, str]:
@@ -32,29 +30,45 @@ def _ours(decisions: pd.DataFrame) -> dict[str, str]:
     return {"sampled": "deviated"} | exact
 
 
-def _draw_ours(axes: np.ndarray, decisions: pd.DataFrame, ours: dict[str, str], label: str) -> None:
-    for place, (title, value) in enumerate(ours.items()):
-        rates = stats.rate_table(decisions, value)
+@figure_of("", _measured)
+def rounds(decisions: pd.DataFrame) -> Figure:
+    """Deviation rate and, where recorded, mean P(deviate) by round."""
+    ours = _measured(decisions)
+    figure, axes = grid(about(decisions, "Deviations"), 1, ours["measure"].nunique(), 3.6, 3.3, sharey=True)
+    _draw_ours(axes[0], ours, "deviation rate (%)")
+    return figure
+
+
+def _draw_ours(axes: np.ndarray, ours: pd.DataFrame, label: str) -> None:
+    for place, (title, rates) in enumerate(ours.groupby("measure", sort=False)):
         plots.round_curves(axes[place], rates, title=title, label=label if place == 0 else "")
 
 
-@figure_of("role_play")
+@figure_of("role_play", _measured)
 def role_play(decisions: pd.DataFrame) -> Figure:
     """Violation rate and, where recorded, mean P(deviate) by round; the paper's Table 1 beside them, dashed."""
-    ours = _ours(decisions)
-    published = dict(list(tables.paper_table1().groupby("model", sort=False)))
-    title = about(decisions, "Rule violations")
-    figure, axes = grid(title, 1, len(ours) + len(published), 3.6, 3.3, sharey=True)
-    _draw_ours(axes[0], decisions, ours, "violation rate (%)")
-    for ax, (model, rates) in zip(axes[0, len(ours) :], published.items(), strict=True):
+    ours, published = _measured(decisions), dict(list(tables.paper_table1().groupby("model", sort=False)))
+    title, own = about(decisions, "Rule violations"), ours["measure"].nunique()
+    figure, axes = grid(title, 1, own + len(published), 3.6, 3.3, sharey=True)
+    _draw_ours(axes[0], ours, "violation rate (%)")
+    for ax, (model, rates) in zip(axes[0, own:], published.items(), strict=True):
         plots.round_curves(ax, rates, title=f"{model} (paper)", label="", dashed=True)
     return figure
 
 
-@figure_of("role_play")
-def role_play_environments(decisions: pd.DataFrame) -> Figure | None:
-    """P(deviate) of each environment, first round against last, a panel an arm; None without two rounds of it."""
+def _by_environment(decisions: pd.DataFrame) -> pd.DataFrame:
+    """Mean P(deviate) by arm, environment and round."""
     known = decisions[decisions["p_deviate"].notna()]
+    return known.groupby(["model", "arm", "environment", "round"], observed=True)["p_deviate"].mean().reset_index()
+
+
+@figure_of("role_play", _by_environment)
+def role_play_environments(decisions: pd.DataFrame) -> Figure | None:
+    """P(deviate) of each environment, first round against last, a panel an arm.
+
+    None without two rounds of it.
+    """
+    known = _by_environment(decisions)
     arms = [arm for arm in arms_of(known) if known.loc[known["arm"] == arm, "round"].nunique() > 1]
     if not arms:
         return None
@@ -64,15 +78,22 @@ def role_play_environments(decisions: pd.DataFrame) -> Figure | None:
     return figure
 
 
-@figure_of("tool_use")
+def _of_problems(decisions: pd.DataFrame) -> pd.DataFrame:
+    """The measures of complex problems by arm and round."""
+    measures = ["tool usage", "accuracy"] + ["P(tool)"] * bool(decisions["p_deviate"].notna().any())
+    parts = [tool_use_tables.rates(decisions, measure).assign(measure=measure) for measure in measures]
+    return pd.concat(parts, ignore_index=True)
+
+
+@figure_of("tool_use", _of_problems)
 def tool_use(decisions: pd.DataFrame) -> Figure:
     """Tool usage, accuracy and, where recorded, P(tool) on complex problems by round; the paper's below, dashed."""
-    measures = ["tool usage", "accuracy"] + ["P(tool)"] * bool(decisions["p_deviate"].notna().any())
+    measures = dict(list(_of_problems(decisions).groupby("measure", sort=False)))
     paper = tool_use_tables.paper_table2()
     published = {"tool usage": paper.assign(rate=paper["usage"]), "accuracy": paper.assign(rate=paper["accuracy"])}
     figure, axes = grid(about(decisions, "Complex problems"), 2, len(measures), 4.0, 3.1)
-    for (ours, theirs), measure in zip(axes.T, measures, strict=True):
-        plots.round_curves(ours, tool_use_tables.rates(decisions, measure), title=measure, label="%")
+    for (ours, theirs), (measure, rates) in zip(axes.T, measures.items(), strict=True):
+        plots.round_curves(ours, rates, title=measure, label="%")
         if measure in published:
             title = f"{measure}, Qwen3-8B (paper)"
             plots.round_curves(theirs, published[measure], title=title, label="%", dashed=True)
@@ -81,12 +102,15 @@ def tool_use(decisions: pd.DataFrame) -> Figure:
     return figure
 
 
-@figure_of("collusion")
+def _by_threshold(decisions: pd.DataFrame) -> pd.DataFrame:
+    return stats.rate_table(tipping.at_ratio_one(decisions), by=("model", "arm", "threshold", "round"))
+
+
+@figure_of("collusion", _by_threshold)
 def collusion(decisions: pd.DataFrame) -> Figure:
     """Collusion rate by round, a panel a threshold, at the paper's incentive ratio of 1 or the nearest that was run."""
-    own = tipping.at_ratio_one(decisions)
-    rates = stats.rate_table(own, by=("model", "arm", "threshold", "round"))
-    thresholds = sorted(own["threshold"].unique())
+    own, rates = tipping.at_ratio_one(decisions), _by_threshold(decisions)
+    thresholds = sorted(rates["threshold"].unique())
     columns = min(len(thresholds), ACROSS)
     title = about(decisions, f"Collusion at incentive ratio {own['incentive_ratio'].iloc[0]:g}")
     figure, axes = grid(title, math.ceil(len(thresholds) / columns), columns, 3.3, 3.2, sharey=True)
@@ -100,9 +124,12 @@ def collusion(decisions: pd.DataFrame) -> Figure:
     return figure
 
 
-@figure_of("collusion")
+@figure_of("collusion", tipping.recollusion_table)
 def recollusion(decisions: pd.DataFrame) -> Figure | None:
-    """Figure 4: P(collude in round 2 | round 1 succeeded) by threshold and incentive; None without a round 2."""
+    """Figure 4: P(collude in round 2 | round 1 succeeded) by threshold and incentive.
+
+    None without a round 2.
+    """
     cells = tipping.recollusion_table(decisions)
     arms = arms_of(cells)
     if not arms:
@@ -114,10 +141,14 @@ def recollusion(decisions: pd.DataFrame) -> Figure | None:
     return figure
 
 
-@figure_of("collusion")
+def _by_setting(decisions: pd.DataFrame) -> pd.DataFrame:
+    return stats.rate_table(decisions, by=("model", "arm", "threshold", "incentive_ratio", "round"))
+
+
+@figure_of("collusion", _by_setting)
 def collusion_grid(decisions: pd.DataFrame) -> Figure:
     """Figure 6: collusion rate by threshold and incentive, a row an arm, a column a round."""
-    cells = stats.rate_table(decisions, by=("model", "arm", "threshold", "incentive_ratio", "round"))
+    cells = _by_setting(decisions)
     arms, rounds = arms_of(cells), sorted(cells["round"].unique())
     figure, axes = grid(about(decisions, "Collusion rate"), len(arms), len(rounds), *_cell_size(cells))
     for row, arm in zip(axes, arms, strict=True):
@@ -137,14 +168,30 @@ def _cell_size(cells: pd.DataFrame) -> tuple[float, float]:
     return max(2.6, 0.75 * cells["incentive_ratio"].nunique() + 0.8), max(2.2, 0.6 * cells["threshold"].nunique() + 1)
 
 
-@figure_of("collusion")
+def _case(decisions: pd.DataFrame) -> pd.DataFrame:
+    columns = ["model", "arm", "seed", "item", "round", "agent", "choice", "deviated", "capital", "succeeded", "valid"]
+    return tipping.case_study(decisions, CASE).reindex(columns=[*columns, "words"])
+
+
+@figure_of("collusion", _case)
 def case_study(decisions: pd.DataFrame) -> Figure | None:
-    """Figure 5: the episode that `tipping.case_study` picks; None where its game was not played."""
-    case = tipping.case_study(decisions, CASE)
+    """Figure 5: one episode, agent by agent, the one whose collusion rose most.
+
+    Where agents wrote freely it shows the ends of what `SPEAKERS` of them said (``words``), else all choices.
+    None where its game was not played.
+    """
+    case = _case(decisions)
     if case.empty:
         return None
+    first, spoken = case.iloc[0], case["words"].notna().any()
+    if spoken:
+        case = case[case["agent"].isin(sorted(case["agent"].unique())[:SPEAKERS])]
     rounds, agents = case["round"].nunique(), case["agent"].nunique()
-    figure, [[ax]] = grid(about(decisions, "Case study"), 1, 1, max(5.5, 1.5 * rounds + 1), 0.42 * agents + 1)
-    first = case.iloc[0]
-    plots.trace(ax, case, title=f"{plots.NAMES[first['arm']]}, seed {first['seed']}\n{first['item']}")
+    size = (3.7 * rounds + 0.6, 1.15 * agents + 1) if spoken else (max(5.5, 1.5 * rounds + 1), 0.42 * agents + 1)
+    figure, [[ax]] = grid(about(decisions, "Case study"), 1, 1, *size)
+    title = f"{plots.NAMES[first['arm']]}, seed {first['seed']}\n{first['item']}"
+    if spoken:
+        plots.spoken(ax, case, title=title, characters=58, lines=6)
+    else:
+        plots.trace(ax, case, title=title)
     return figure

@@ -1,13 +1,20 @@
-"""All figures there are, drawn for each model into a folder of their own."""
+"""All figures there are, drawn for each model into a folder of their own, each beside its numbers.
 
+``python -m atp_utils.analysis.gallery RESULTS FIGURES`` draws all of a folder of results.
+"""
+
+import argparse
+import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
 from atp_utils import ROOT, resolve, shown
 from atp_utils.analysis import figures, plots, response_figures, stats  # noqa: F401  these register their figures
-from atp_utils.analysis.drawing import ALL_CONDITIONS, FIGURES, OF
-from atp_utils.support import folders
+from atp_utils.analysis.drawing import ALL_CONDITIONS, FIGURES, OF, TABLES
+from atp_utils.evolution import journal
+from atp_utils.support import files, folders
 from atp_utils.support.files import as_folder
 
 
@@ -24,9 +31,11 @@ def claim(folder: str | Path, results: str | Path, *, overwrite: bool = False) -
 
 
 def draw(decisions: pd.DataFrame, name: str, folder: str | Path) -> list[str]:
-    """Draw figure ``name`` of `FIGURES` for every model, into ``<name>_<model>.png`` and ``.svg``; returns the paths.
+    """Draw figure ``name`` of `FIGURES` for every model; returns the paths of the drawings.
 
-    ``decisions`` are of the figure's scenario. Figures stay open, for a notebook to show at the end of its cell.
+    They are ``<name>_<model>.png`` and ``.svg``, with a description for those who can't see them; their numbers lie
+    beside them as ``.csv``. ``decisions`` are of the figure's scenario. Figures stay open, for a notebook to show at
+    the end of its cell.
     """
     drawn = []
     if name not in ALL_CONDITIONS:
@@ -34,5 +43,46 @@ def draw(decisions: pd.DataFrame, name: str, folder: str | Path) -> list[str]:
     for model, rows in decisions.groupby("model", observed=True):
         figure = FIGURES[name](rows)
         if figure is not None:
-            drawn += plots.save(figure, folder, f"{name}_{as_folder(model)}")
+            stem = f"{name}_{as_folder(model)}"
+            drawn += plots.save(figure, folder, stem, f"{description(name)} Model: {model}.")
+            files.write_text(
+                resolve(folder) / f"{stem}.csv", TABLES[name](rows).to_csv(index=False, float_format="%.6g")
+            )
     return drawn
+
+
+def description(name: str) -> str:
+    """What a figure shows, in words: the first paragraph of its function's documentation."""
+    return " ".join((FIGURES[name].__doc__ or name).split("\n\n")[0].split())
+
+
+def draw_all(decisions: pd.DataFrame, folder: str | Path) -> list[str]:
+    """Draw every figure of every scenario in ``decisions``; returns their paths."""
+    drawn = []
+    for scenario, rows in decisions.groupby("scenario", sort=False, observed=True):
+        for name in figures_of(scenario):
+            drawn += draw(rows, name, folder)
+            plt.close("all")
+    return drawn
+
+
+def main() -> int:
+    """Command line; 2 where the results are not there, or the folder isn't ours."""
+    parser = argparse.ArgumentParser(prog="python -m atp_utils.analysis.gallery", description=__doc__)
+    parser.add_argument("results", help="a folder of recorded runs, e.g. data/results")
+    parser.add_argument("figures", help="where the drawings go")
+    options = parser.parse_args()
+    try:
+        results = resolve(options.results)
+        decisions = journal.with_words(journal.read_decisions(results), results)
+        folder = claim(options.figures, options.results, overwrite=True)
+    except (FileNotFoundError, FileExistsError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    plots.set_style()
+    print("\n".join(draw_all(decisions, folder)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

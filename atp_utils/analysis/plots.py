@@ -1,7 +1,10 @@
 """Figures: each function draws on an ``ax`` and returns it; nothing here computes a statistic."""
 
 import math
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -19,7 +22,8 @@ NAMES = {"base": "base", "dpo": "DPO", "grpo": "GRPO"}
 
 
 def set_style() -> None:
-    """The look of every figure; SVG output that is the same for the same data."""
+    """The look of every figure and table; SVG output that is the same for the same data."""
+    pd.set_option("display.max_colwidth", None)
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9)
     plt.rcParams.update({"figure.dpi": 110, "svg.hashsalt": "atp", "figure.constrained_layout.use": True})
 
@@ -74,11 +78,11 @@ def training_curve(ax: Axes, log: pd.DataFrame, column: str, *, title: str) -> A
     return ax
 
 
-def save(figure: Figure, folder: str | Path, name: str) -> list[str]:
-    """Write ``name.png`` and ``name.svg`` into ``folder``; returns their paths, relative to the repository."""
+def save(figure: Figure, folder: str | Path, name: str, description: str = "") -> list[str]:
+    """Write ``name.png`` and ``name.svg`` into ``folder``, with a description; returns their paths in the project."""
     paths = [resolve(folder) / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
-        metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+        metadata = {"Description": description} | ({"Date": None} if path.suffix == ".svg" else {"Software": None})
         with files.replacing(path) as temporary:
             figure.savefig(temporary, dpi=160, metadata=metadata)
     return [shown(path) for path in paths]
@@ -110,14 +114,40 @@ def heatmap(ax: Axes, cells: pd.DataFrame, *, title: str, colour_bar: bool = Fal
 
 def trace(ax: Axes, decisions: pd.DataFrame, *, title: str) -> Axes:
     """One collusion episode: agents down, rounds across; filled where the agent colluded, with choice and capital."""
+    _episode(ax, decisions, title)
+    for across, down, row in _placed(decisions):
+        text = f"{row.choice if row.valid else 'invalid'}\n{row.capital:.3g}"
+        colour = "white" if row.valid and row.deviated else "0.2"
+        ax.text(across + 0.5, down + 0.5, text, ha="center", va="center", size=8, color=colour)
+    return ax
+
+
+def spoken(ax: Axes, decisions: pd.DataFrame, *, title: str, characters: int, lines: int) -> Axes:
+    """One collusion episode as it was said: agents down, rounds across, the end of each one's ``words`` in its cell.
+
+    Filled where the agent colluded. A line has so many ``characters``, a cell so many ``lines``.
+    """
+    _episode(ax, decisions, title)
+    for across, down, row in _placed(decisions):
+        said = "invalid" if pd.isna(row.words) else " ".join(row.words.split())
+        kept = textwrap.wrap(said, characters)
+        shown = "\n".join(kept if len(kept) <= lines else ["... " + kept[-lines], *kept[1 - lines :]])
+        colour = "white" if row.valid and row.deviated else "0.2"
+        ax.text(across + 0.03, down + 0.5, shown, va="center", size=7, color=colour, parse_math=False)
+    return ax
+
+
+def _placed(decisions: pd.DataFrame) -> Iterator[tuple[int, int, Any]]:
     rounds, agents = sorted(decisions["round"].unique()), sorted(decisions["agent"].unique())
     for row in decisions.itertuples():
+        yield rounds.index(row.round), agents.index(row.agent), row
+
+
+def _episode(ax: Axes, decisions: pd.DataFrame, title: str) -> None:
+    rounds, agents = sorted(decisions["round"].unique()), sorted(decisions["agent"].unique())
+    for across, down, row in _placed(decisions):
         colour = "#D55E00" if row.valid and row.deviated else "white"
-        place = (rounds.index(row.round), agents.index(row.agent))
-        ax.add_patch(Rectangle(place, 1, 1, facecolor=colour, edgecolor="0.5"))
-        text = f"{row.choice if row.valid else 'invalid'}\n{row.capital:.3g}"
-        ax.text(place[0] + 0.5, place[1] + 0.5, text, ha="center", va="center", size=8,
-                color="white" if colour != "white" else "0.2")  # fmt: skip
+        ax.add_patch(Rectangle((across, down), 1, 1, facecolor=colour, edgecolor="0.5"))
     met = decisions.groupby("round")["succeeded"].first()
     ax.set(title=title, xlim=(0, len(rounds)), ylim=(len(agents), 0), ylabel="agent")
     ax.set_xticks(
@@ -125,4 +155,3 @@ def trace(ax: Axes, decisions: pd.DataFrame, *, title: str) -> Axes:
     )
     ax.set_yticks([i + 0.5 for i in range(len(agents))], agents)
     ax.grid(False)
-    return ax

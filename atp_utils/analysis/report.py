@@ -38,7 +38,7 @@ TABLES: dict[str, Tables] = {
 }
 
 
-def _parts(decisions: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+def parts(decisions: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Titles and tables of all that a run holds: the primary contrast first."""
     yield PRIMARY, tables.contrast(decisions)
     for name, rows in decisions.groupby("scenario", sort=False):
@@ -58,13 +58,13 @@ def _parts(decisions: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 def report(run: Path) -> str:
     """Text of the report: every scenario's tables, then the paths of figures and executed notebooks."""
     decisions = journal.read_decisions(run / "evolution")
-    parts = []
+    lines = []
     for name, rows in decisions.groupby("scenario", sort=False):
-        parts += [f"{name}: {warning}"] if (warning := stats.low_mass(rows)) else []
-    for title, table in _parts(decisions):
-        parts += [title, table.to_string()]
+        lines += [f"{name}: {warning}"] if (warning := stats.low_mass(rows)) else []
+    for title, table in parts(decisions):
+        lines += [title, table.to_string()]
     paths = sorted([*(run / "figures").glob("*.png"), *(run / "notebooks").glob("*.ipynb")])
-    return "\n".join([*parts, "Figures and executed notebooks:", *(f"  {shown(path)}" for path in paths)])
+    return "\n".join([*lines, "Figures and executed notebooks:", *(f"  {shown(path)}" for path in paths)])
 
 
 def readme_tables(results: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ REPEATS = 32
 SIZES = (8, 100, 10_000, 1_000_000)
 
 
-@figure_of("role_play", all_conditions=True)
+@figure_of("role_play", verdicts.conditions, all_conditions=True)
 def conditions(decisions: pd.DataFrame) -> Figure | None:
     """Change of P(deviate) from the first round to the last, a line a condition and a panel an arm."""
     table = verdicts.conditions(decisions)
@@ -38,11 +38,15 @@ def conditions(decisions: pd.DataFrame) -> Figure | None:
     return figure
 
 
-@figure_of("role_play", all_conditions=True)
+def _survivors(decisions: pd.DataFrame) -> pd.DataFrame:
+    table = verdicts.time_to_tip(decisions)
+    return table[table["condition"].isin(SURVIVAL)]
+
+
+@figure_of("role_play", _survivors, all_conditions=True)
 def survival(decisions: pd.DataFrame) -> Figure | None:
     """Share of the agents that complied in round 1 and never deviated since, by condition, a panel an arm."""
-    table = verdicts.time_to_tip(decisions)
-    table = table[table["condition"].isin(SURVIVAL)]
+    table = _survivors(decisions)
     arms = arms_of(table)
     if not arms or table["round"].nunique() < 2:
         return None
@@ -60,14 +64,18 @@ def survival(decisions: pd.DataFrame) -> Figure | None:
     return figure
 
 
-@figure_of("role_play", all_conditions=True)
+def _by_dose(decisions: pd.DataFrame) -> pd.DataFrame:
+    return dose_response.doses(dose_response.written(decisions))
+
+
+@figure_of("role_play", _by_dose, all_conditions=True)
 def dose(decisions: pd.DataFrame) -> Figure | None:
     """P(deviate) against deviations in a written history, a line a payoff ratio, a panel an arm; 95 % intervals."""
     rows = dose_response.written(decisions)
     arms = arms_of(rows)
     if not arms:
         return None
-    table = dose_response.doses(rows)
+    table = _by_dose(rows)
     most = int(table["past_deviant"].max())
     figure, axes = grid(about(rows, "Dose and response"), 1, len(arms), 4.6, 3.9, sharey=True)
     for ax, arm in zip(axes[0], arms, strict=True):
@@ -98,7 +106,15 @@ def _doses(ax: Axes, table: pd.DataFrame) -> None:
             )  # fmt: skip
 
 
-@figure_of("collusion", all_conditions=True)
+def _responses(decisions: pd.DataFrame) -> pd.DataFrame:
+    """The response table at the incentive ratio nearest to 1."""
+    rows = dose_response.written(decisions, "collusion")
+    if rows.empty:
+        return pd.DataFrame(columns=[*critical_mass.KEYS, "own", "others", "rate"])
+    return critical_mass.response(tipping.at_ratio_one(rows))
+
+
+@figure_of("collusion", _responses, all_conditions=True)
 def response(decisions: pd.DataFrame) -> Figure | None:
     """P(collude) by how many others did, for agents that had colluded or not; the map of shares and its fixed points.
 
@@ -140,19 +156,15 @@ def _response(ax: Axes, own: pd.DataFrame) -> None:
         )
 
 
-def _responses(decisions: pd.DataFrame) -> pd.DataFrame:
-    """The response table at the incentive ratio nearest to 1."""
-    rows = dose_response.written(decisions, "collusion")
-    if rows.empty:
-        return pd.DataFrame(columns=[*critical_mass.KEYS, "own", "others", "rate"])
-    return critical_mass.response(tipping.at_ratio_one(rows))
+def _played(decisions: pd.DataFrame) -> pd.DataFrame:
+    table = _responses(decisions)
+    return critical_mass.beside(table, stats.standard(decisions)) if len(table) else table
 
 
-@figure_of("collusion", all_conditions=True)
+@figure_of("collusion", _played, all_conditions=True)
 def chain(decisions: pd.DataFrame) -> Figure | None:
     """The Markov chain's prediction of each round (line) beside the rounds that were played (points, 95 %)."""
-    table = _responses(decisions)
-    beside = critical_mass.beside(table, stats.standard(decisions)) if len(table) else table
+    beside = _played(decisions)
     arms, thresholds = arms_of(beside), sorted(beside["threshold"].unique())
     if not arms:
         return None
@@ -173,27 +185,41 @@ def chain(decisions: pd.DataFrame) -> Figure | None:
     return figure
 
 
-@figure_of("collusion", all_conditions=True)
+def _ends(decisions: pd.DataFrame) -> pd.DataFrame:
+    """Where groups of `SIZES` end (means of `REPEATS`), by arm and share at the start, at the lowest threshold."""
+    table, rows = _responses(decisions), []
+    for arm in arms_of(table):
+        own = table[(table["arm"] == arm) & (table["threshold"] == table["threshold"].min())]
+        _, *both = critical_mass.curves(own)
+        rows += [
+            (
+                arm,
+                own["threshold"].iloc[0],
+                size,
+                start,
+                np.mean([critical_mass.simulate(*both, size, start, seed=seed) for seed in range(REPEATS)]),
+            )
+            for size in SIZES
+            for start in np.linspace(0, 1, 21)
+        ]
+    return pd.DataFrame(rows, columns=["arm", "threshold", "agents", "start", "end"])
+
+
+@figure_of("collusion", _ends, all_conditions=True)
 def group_size(decisions: pd.DataFrame) -> Figure | None:
     """Where groups of 8 to a million agents end, against the share that they begin with; a panel an arm.
 
     At the lowest threshold that was measured. Agents are taken to see shares as those of the measured group did.
     """
-    table = _responses(decisions)
+    table = _ends(decisions)
     arms = arms_of(table)
     if not arms:
         return None
-    threshold = table["threshold"].min()
-    title = about(decisions, f"Where groups end, k = {threshold} of 8")
+    title = about(decisions, f"Where groups end, k = {table['threshold'].iloc[0]} of 8")
     figure, axes = grid(title, 1, len(arms), 3.6, 3.3, sharey=True)
-    starts = np.linspace(0, 1, 21)
     for ax, arm in zip(axes[0], arms, strict=True):
-        _, *both = critical_mass.curves(table[(table["arm"] == arm) & (table["threshold"] == threshold)])
-        for place, size in enumerate(SIZES):
-            ends = [
-                np.mean([critical_mass.simulate(*both, size, x, seed=seed) for seed in range(REPEATS)]) for x in starts
-            ]
-            ax.plot(starts, 100 * np.array(ends), color=RATIO_COLOURS[place], label=f"N = {size:,}")
+        for place, (size, rows) in enumerate(table[table["arm"] == arm].groupby("agents")):
+            ax.plot(rows["start"], 100 * rows["end"], color=RATIO_COLOURS[place], label=f"N = {size:,}")
         ax.set(title=plots.NAMES[arm], xlabel="share at the start", ylim=(-3, 103))
     axes[0, 0].set_ylabel("share after 50 rounds, %")
     axes[0, -1].legend(loc="best", frameon=True, fontsize="small")

@@ -189,9 +189,13 @@ def against_base(
     arms = dict(list(decisions[decisions["round"] == decisions["round"].min()].groupby("arm", observed=True)))
     base = arms.pop("base", None)
     for arm, own in arms.items() if base is not None else []:
-        means, before = _means(own, value, kinds_of(own, units)), _means(base, value, units)
-        alike = means.index.droplevel("training_seed") if "training_seed" in means.index.names else means.index
-        yield arm, means - before.reindex(alike).to_numpy()
+        yield arm, less(_means(own, value, kinds_of(own, units)), _means(base, value, units))
+
+
+def less(values: pd.Series, base: pd.Series) -> pd.Series:
+    """``values`` by unit, each less that unit's of ``base``, whose units have no seed of a training."""
+    alike = values.index.droplevel([name for name in values.index.names if name not in base.index.names])
+    return values - base.reindex(alike).to_numpy()
 
 
 def _means(decisions: pd.DataFrame, value: str, by: Sequence[str]) -> pd.Series:

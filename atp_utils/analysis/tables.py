@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from atp_utils import resolve
-from atp_utils.analysis import critical_mass, dose_response, stats, verdicts
+from atp_utils.analysis import critical_mass, dose_response, stats, study, verdicts
 
 PAPER = Path("data/paper")
 
@@ -33,6 +33,21 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
         "verdict": table["verdict"],
     }
     return pd.DataFrame(columns)
+
+
+def answers(decisions: pd.DataFrame) -> pd.DataFrame:
+    """`study.answers` in percentage points: a row a question and scenario, a column a model and arm."""
+    table = study.answers(decisions)
+    estimates = stats.cells(table, "estimate", "low", "high").where(table["n"] > 0, "")
+    cells = (estimates + " " + table["verdict"]).str.strip()
+    texts = table["question"].map(lambda name: study.QUESTIONS[name][0])
+    rows = table.assign(cell=cells, question=texts).pivot(
+        index=["question", "scenario", "about"], columns=["model", "arm"], values="cell"
+    )
+    order = {text: place for place, (text, _) in enumerate(study.QUESTIONS.values())}
+    wide = rows.sort_index(key=lambda level: level.map(order) if level.name == "question" else level)
+    wide.columns = [f"{model}, {arm}" for model, arm in wide.columns]
+    return wide.fillna("–")
 
 
 def conditions(decisions: pd.DataFrame) -> pd.DataFrame:

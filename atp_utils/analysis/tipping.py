@@ -3,13 +3,10 @@
 They describe; none of them tells imitation from agents that would have chosen the same without seeing each other.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 
 from atp_utils.analysis.stats import ARMS, repetitions
-from atp_utils.evolution.requests import Reply
 
 
 def at_ratio_one(games: pd.DataFrame) -> pd.DataFrame:
@@ -36,13 +33,17 @@ def recollusion_table(decisions: pd.DataFrame) -> pd.DataFrame:
 
     Columns: these, n (valid round-2 decisions after a success; 0 where no episode succeeded) and rate (NaN there).
     """
+    cells = ["model", "arm", "threshold", "incentive_ratio"]
+    table = after_success(decisions).groupby(cells, observed=True)["deviated"].agg(n="count", rate="mean")
+    return table.reset_index().astype({"n": int, "rate": float})
+
+
+def after_success(decisions: pd.DataFrame) -> pd.DataFrame:
+    """The decisions of round 2, ``deviated`` missing where they aren't valid or round 1 didn't succeed."""
     keys = ["model", "arm", *repetitions(decisions), "item"]
     first = decisions[decisions["round"] == 1].groupby(keys, observed=True)["succeeded"].first().rename("won")
     second = decisions[decisions["round"] == 2].join(first, on=keys)
-    cells = ["model", "arm", "threshold", "incentive_ratio"]
-    after = second.assign(deviated=second["deviated"].where(second["valid"] & second["won"].astype(bool)))
-    table = after.groupby(cells, observed=True)["deviated"].agg(n="count", rate="mean")
-    return table.reset_index().astype({"n": int, "rate": float})
+    return second.assign(deviated=second["deviated"].where(second["valid"] & second["won"].astype(bool)))
 
 
 def cascade_table(decisions: pd.DataFrame) -> pd.DataFrame:
@@ -77,18 +78,3 @@ def case_study(decisions: pd.DataFrame, environment: str) -> pd.DataFrame:
     picked = rises.index[int(np.argmax(rises.fillna(-2)))]
     same = (own[keys] == list(picked)).all(axis=1)
     return own[same].sort_values(["round", "agent"])
-
-
-def excerpts(case: pd.DataFrame, replies: Mapping[str, Reply], *, agents: int = 3, characters: int = 200) -> list[str]:
-    """The ends of what the first ``agents`` agents of a case said in each round, from the raw replies.
-
-    Empty where the decisions were forced choices: there is no text beyond the option itself.
-    """
-    if case.empty or case["p_deviate"].notna().any():
-        return []
-    few = case[case["agent"].isin(sorted(case["agent"].unique())[:agents])]
-    return [
-        f"round {row.round}, agent {row.agent}: ...{' '.join(replies[row.reply].text.split())[-characters:]}"
-        for row in few.itertuples()
-        if row.reply in replies
-    ]

@@ -89,6 +89,11 @@ def read_record(path: Path, *, repair: bool = False) -> Record:
     return record
 
 
+def address(kind: str, asked: str) -> str:
+    """The journal's key of what a tool was asked."""
+    return hashlib.sha256(f"{kind}\n{asked}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
 class Journal:
     """Append-only record in ``folder``; one process at a time (raises RuntimeError otherwise).
 
@@ -139,7 +144,7 @@ class Journal:
 
         ``kind`` names everything else that it depends on.
         """
-        digest = hashlib.sha256(f"{kind}\n{asked}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        digest = address(kind, asked)
         if digest not in self.record.results:
             self._append({"tool": digest, "kind": kind, "asked": asked, "result": make()})
         return self.record.results[digest]
@@ -224,6 +229,14 @@ def read_decisions(folder: Path) -> pd.DataFrame:
             if (other := seen.setdefault(tuple(run), path)) != path:
                 raise ValueError(f"{shown(other.parent)} and {shown(path.parent)} hold the same run: name one of them")
     return pd.concat(parts.values(), ignore_index=True)
+
+
+def with_words(decisions: pd.DataFrame, results: Path) -> pd.DataFrame:
+    """``decisions`` with a column ``words``: what was written where the choice was made; missing for forced choices."""
+    written = decisions["p_deviate"].isna() & decisions["valid"]
+    replies = read_replies(results) if written.any() else {}
+    words = decisions["reply"].where(written).map(lambda digest: replies[digest].text, na_action="ignore")
+    return decisions.assign(words=words.astype("string"))
 
 
 def read_replies(results: Path) -> dict[str, Reply]:

@@ -83,9 +83,11 @@ def load_weights(name: str, dtype: str | torch.dtype = "auto", device_map: str |
     weights_memory.check(name, read_config(name), dtype, all_gpus=device_map is not None)
     advice = "while the model was loaded: end what else uses the GPU, or take a smaller model"
     with _naming(name), weights_memory.advice(advice):
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=False
         )
+    model.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
+    return model
 
 
 def load(name: str, adapter: str | Path | None = None, dtype: str | torch.dtype = "auto") -> Any:
@@ -101,6 +103,15 @@ def load(name: str, adapter: str | Path | None = None, dtype: str | torch.dtype 
 
         model = PeftModel.from_pretrained(model, resolve(adapter)).merge_and_unload()
     return model.eval()
+
+
+def _in_one_piece(_: Any, given: tuple) -> tuple:
+    """The last tokens of a batch are no block of memory, and for such the head's weights would be copied for each row.
+
+    With a vocabulary of 150,000 that took 37 seconds for 24 rows in bfloat16, and takes 0.4.
+    """
+    hidden, *rest = given
+    return (hidden.contiguous(), *rest)
 
 
 def identity(name: str, adapter: str | Path | None = None, dtype: str | torch.dtype = "auto") -> str:

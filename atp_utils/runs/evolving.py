@@ -1,6 +1,7 @@
 """An evolution notebook's run, from its parameters to the finished table of decisions."""
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +32,11 @@ class Evolving:
     def play(self) -> pd.DataFrame:
         """Run all episodes to the end, or go on where they were stopped; returns the table of decisions.
 
-        Replies are journalled in the run's folder as they arrive; a finished run is replayed. Raises FileExistsError
-        where the folder holds a finished run of another engine and may not be overwritten.
+        Replies are journalled in the run's folder as they arrive; a finished run is replayed. The manifest has the
+        seconds that this took, for the replies that weren't there before. Raises FileExistsError where the folder holds
+        a finished run of another engine and may not be overwritten.
         """
-        run, given, scenario = self.run, self.run.parameters, self.run.scenario
+        run, given, scenario, began = self.run, self.run.parameters, self.run.scenario, time.monotonic()
         # The bar counts replies: of a forced choice, those in both orders.
         total = scenario.decisions(given, len(self.items)) * (2 if given.protocol == "choose" else 1)
         with (
@@ -45,6 +47,7 @@ class Evolving:
             rows = loop.run(episodes, self.engine, record, bar)
             table = decisions.to_frame(rows, model=given.model, arm=given.arm, training_seed=given.training_seed)
             facts = {name: fact() if callable(fact) else fact for name, fact in facts.items()}
+            facts["seconds"] = round(time.monotonic() - began, 1)
             record.finish(table, run.settings, self.engine.identity, **facts)
         return table
 

@@ -1,9 +1,11 @@
 """What made a result: ``manifest.json``, written last, whose presence says that a folder is whole."""
 
+import os
 import platform
 import subprocess
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from atp_utils import ROOT
@@ -18,9 +20,19 @@ def made_by() -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
         "commit": _commit(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def processor() -> str:
+    """The processor's name, where the system tells one."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8").splitlines() if known.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def _commit() -> str | None:

@@ -1,0 +1,122 @@
+"""``python -m atp_utils.analysis.page RESULTS FILE``: one HTML file of all tables, figures, parameters, provenance.
+
+It needs nothing else to be read: figures are in it as SVG, and no script or font is fetched.
+"""
+
+import argparse
+import base64
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from atp_utils import resolve, shown
+from atp_utils.analysis import gallery, plots, report, scoreboard, tables
+from atp_utils.evolution import journal
+from atp_utils.support import files, folders
+from atp_utils.support.manifest import MANIFEST
+
+TITLE = "The Alignment Tipping Process, reproduced"
+TEMPLATE = "page.html.j2"
+ASKED = "Each question, its estimate in percentage points and its verdict were fixed before the runs."
+SCORED = (
+    "What the paper's tables and figures report, in percentage points, beside ours: reproduced (same sign, and the "
+    "interval holds the paper's number where it gives one), direction only, not reproduced, not run. What comes again "
+    "may have another cause than the paper's: that is asked above."
+)
+
+
+def page(results: Path) -> str:
+    """The HTML of a folder of recorded runs. Raises FileNotFoundError where it has none."""
+    decisions = journal.with_words(journal.read_decisions(results), results)
+    found = list(_runs(results))
+    names = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    return names.get_template(TEMPLATE).render(
+        title=TITLE,
+        source=shown(results),
+        count=f"{len(decisions):,}",
+        sections=list(_sections(decisions)),
+        runs=[{"name": row["run"], "manifest": text} for row, text in found],
+        table_of_runs=_html(pd.DataFrame([row for row, _ in found]).set_index("run")),
+    )
+
+
+def _sections(decisions: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    yield _section("What was asked, and what came out", ASKED, [("", tables.answers(decisions))])
+    yield _section("The paper's tables and figures", SCORED, [("", scoreboard.shown(decisions))])
+    parts = list(report.parts(decisions))
+    yield _section(report.PRIMARY.partition(":")[0], "", parts[:1])
+    for scenario, rows in decisions.groupby("scenario", sort=False, observed=True):
+        own = [
+            (title.removeprefix(f"{scenario}: "), table) for title, table in parts if title.startswith(f"{scenario}: ")
+        ]
+        yield _section(scenario.replace("_", "-").capitalize(), "", own, list(_figures(rows, scenario)))
+
+
+def _section(title: str, text: str, parts: list, figures: list | None = None) -> dict[str, Any]:
+    made = [{"title": name, "html": _html(table)} for name, table in parts]
+    anchor = "".join(letter if letter.isalnum() else "-" for letter in title.lower())
+    return {"title": title, "anchor": anchor, "text": text, "tables": made, "figures": figures or []}
+
+
+def _html(table: pd.DataFrame) -> str:
+    return table.to_html(border=0, na_rep="–")
+
+
+def _figures(rows: pd.DataFrame, scenario: str) -> Iterator[dict[str, str]]:
+    for name in gallery.figures_of(scenario):
+        with tempfile.TemporaryDirectory() as folder:
+            gallery.draw(rows, name, folder)
+            plt.close("all")
+            for path in sorted(Path(folder).glob("*.svg")):
+                source = f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
+                yield {"source": source, "alt": f"{gallery.description(name)} {path.stem.removeprefix(f'{name}_')}"}
+
+
+def _runs(results: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """What made each run, a row of the table, and its manifest as text."""
+    for path in folders.below(results, MANIFEST):
+        text = path.read_text(encoding="utf-8")
+        facts = json.loads(text)
+        if "counts" not in facts:
+            continue
+        given, identity = facts["settings"], facts["identity"].split("|")
+        row = {
+            "run": path.parent.relative_to(results).as_posix(),
+            "decisions": facts["counts"]["decisions"],
+            "invalid": facts["counts"]["invalid"],
+            "protocol": given["protocol"],
+            "precision": identity[2] if len(identity) > 2 else "–",
+            "seconds": facts.get("seconds"),
+            "processor": facts.get("processor"),
+            "commit": (facts["commit"] or "–")[:10],
+            "finished": facts["finished"],
+        }
+        yield row, text
+
+
+def main() -> int:
+    """Command line; 2 where the results are not there."""
+    parser = argparse.ArgumentParser(prog="python -m atp_utils.analysis.page", description=__doc__)
+    parser.add_argument("results", help="a folder of recorded runs, e.g. data/results or runs/quick/evolution")
+    parser.add_argument("file", help="the HTML file to write")
+    options = parser.parse_args()
+    plots.set_style()
+    try:
+        text = page(resolve(options.results))
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    files.write_text(resolve(options.file), text)
+    print(shown(resolve(options.file)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

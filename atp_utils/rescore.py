@@ -1,0 +1,134 @@
+"""``python -m atp_utils.rescore RUNS [--parser FILE]``: decisions once more, from raw replies alone.
+
+It needs no weights and no adapter: episodes are played again, and each chat is answered by the reply that was recorded
+to it, in published records too. Nothing may change then. FILE is a Python file with another ``parse_choice(text,
+options)``, which returns the option that a written reply chooses, or None. Where it reads a reply differently the later
+rounds of that agent would have had another history: their recorded replies are read all the same, and listed apart.
+"""
+
+import argparse
+import json
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pandas as pd
+
+from atp_utils import parameters, resolve, shown
+from atp_utils.evolution import decisions, journal, protocol
+from atp_utils.evolution.loop import Episode
+from atp_utils.evolution.requests import Reply, Request
+from atp_utils.parameters import EVOLVE
+from atp_utils.scenarios.registry import SCENARIOS
+from atp_utils.support import folders
+from atp_utils.support.manifest import MANIFEST
+
+WHICH = ["seed", "item", "agent", "round"]
+READ = ["choice", "deviated", "valid", "p_deviate", "fault"]
+Parser = Callable[[str, Sequence[str]], str | None]
+
+
+@dataclass
+class Replay:
+    """A ``record`` that answers what was asked then; ``strange`` replies, digest -> key, were given to other chats."""
+
+    record: journal.Record
+    identity: str
+    strange: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.by_key = {asked["key"]: self.record.replies[digest] for digest, asked in self.record.asked.items()}
+
+    def result(self, kind: str, asked: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a tool printed then, as `Journal.result`; raises KeyError for code that didn't run."""
+        return self.record.results[journal.address(kind, asked)]
+
+    def answer(self, request: Request) -> Reply:
+        """The reply to this chat, else that of the same decision behind another history, else an unreadable one."""
+        reply = self.record.replies.get(request.digest(self.identity))
+        if reply is None:
+            reply = self.by_key.get(request.key, Reply(""))
+            self.strange[reply.digest] = request.key
+        return reply
+
+    def play(self, episode: Episode) -> list[decisions.Decision]:
+        """The decisions of an episode."""
+        asked = next(episode)
+        while True:
+            try:
+                asked = episode.send([self.answer(request) for request in asked])
+            except StopIteration as stop:
+                return stop.value
+
+
+def rescore(run: Path, parser: Parser | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(decisions as they are read now, those of them that differ from the recorded ones) of a finished run.
+
+    ``cause`` of a difference is "reading" where the chat is the recorded one, else "history". Raises ValueError where
+    the code's prompts aren't those that the record was asked with.
+    """
+    before = pd.read_parquet(run / journal.DECISIONS)
+    facts = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
+    [name] = before["scenario"].unique()
+    given = parameters.check(EVOLVE[name], facts["settings"] | {"data": str(_data(run, name, facts["settings"]))})
+    path = next(path for path in (run / journal.REPLIES, run / f"{journal.REPLIES}.gz") if path.is_file())
+    replay = Replay(journal.read_record(path), facts["identity"])
+    scenario, ways = SCENARIOS[name], given.protocol_of()
+    with (
+        patch.object(protocol, "parse_choice", parser or protocol.parse_choice),
+        scenario.episodes(scenario.test_items(given), given, ways, replay) as (episodes, _),
+    ):
+        rows = [row for episode in episodes for row in replay.play(episode)]
+    if replay.strange and parser is None:
+        raise ValueError(
+            f"{shown(run)}: {len(replay.strange)} chats, such as {min(replay.strange.values())}, aren't in the record: "
+            f"its prompts are those of commit {facts['commit']}"
+        )
+    now = decisions.to_frame(rows, model=given.model, arm=given.arm, training_seed=given.training_seed)
+    return now, _changed(now, before, set(replay.strange))
+
+
+def _changed(now: pd.DataFrame, before: pd.DataFrame, strange: set[str]) -> pd.DataFrame:
+    """The rows that are read otherwise, side by side, with the cause."""
+    both = now[[*WHICH, *READ, "replies"]].merge(before[WHICH + READ], on=WHICH, suffixes=("", " before"))
+    same = [(both[name] == both[f"{name} before"]) | both[[name, f"{name} before"]].isna().all(axis=1) for name in READ]
+    changed = both[~pd.concat(same, axis=1).fillna(False).all(axis=1)]
+    rests_on = changed.pop("replies").map(lambda digests: bool(strange.intersection(digests.split(" "))))
+    return changed.assign(cause=rests_on.map({True: "history", False: "reading"}))
+
+
+def _data(run: Path, scenario: str, settings: dict[str, Any]) -> Path:
+    """The folder of the prompts that a run was asked with: beside its evolutions, as it is published, or as it says."""
+    beside = (parent / "data" for parent in run.parents)
+    return next((data for data in beside if (data / scenario / "test.jsonl").is_file()), resolve(settings["data"]))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; 1 where decisions differ, 2 where they can't be read again."""
+    parsed = argparse.ArgumentParser(prog="python -m atp_utils.rescore", description=__doc__.split("\n\n")[0])
+    parsed.add_argument("runs", help="a folder of finished runs, e.g. data/results")
+    parsed.add_argument("--parser", help="a Python file with a parse_choice(text, options) of its own")
+    options, differ = parsed.parse_args(arguments), False
+    try:
+        parser = runpy.run_path(options.parser)["parse_choice"] if options.parser else None
+        found = [path.parent for path in folders.below(resolve(options.runs), MANIFEST)]
+        for run in (path for path in found if (path / journal.DECISIONS).is_file()):
+            now, changed = rescore(run, parser)
+            causes = changed["cause"].value_counts()
+            counts = f"{causes.get('reading', 0)} read otherwise, {causes.get('history', 0)} behind another history"
+            print(f"{shown(run)}: {len(now)} decisions, {counts if len(changed) else 'the same'}")
+            if len(changed):
+                print(changed.to_string(index=False))
+            differ |= len(changed) > 0
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return int(differ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
