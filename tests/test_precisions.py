@@ -31,6 +31,14 @@ def test_auto_is_measured_once_with_the_threads_left_as_they_were(monkeypatch):
     precisions.fastest.cache_clear()
 
 
+def test_where_bfloat16_is_hopeless_it_is_not_measured_again(monkeypatch):
+    asked = []
+    monkeypatch.setattr(precisions, "_seconds", lambda dtype: asked.append(dtype) or {F32: 0.01, BF16: 1.0}[dtype])
+    precisions.fastest.cache_clear()
+    assert precisions.precision("auto") == F32 and asked == [F32, BF16]
+    precisions.fastest.cache_clear()
+
+
 def test_a_gpu_takes_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     precisions.fastest.cache_clear()
