@@ -129,6 +129,15 @@ class Drawing(Parameters):
     overwrite: Flag = option(False, "whether figures of other results may be replaced")
 
 
+class Exploring(Parameters):
+    """Parameters of notebook 11."""
+
+    model: Text = option("smollm2-135m", "name of an embedded model, Hugging Face id, or folder")
+    adapter: str = option("", "folder of an adapter of it; empty: the base model")
+    results: Text = option("data/results", "folder of complete runs")
+    data: Text = option("data", "folder of the prompts that notebook 1 wrote")
+
+
 def _data_of_all() -> type[Parameters]:
     own = {name: field for scenario in SCENARIOS.values() for name, field in scenario.Data.model_fields.items()}
     fields = {name: (field.rebuild_annotation(), field) for name, field in own.items()}
@@ -143,6 +152,7 @@ MODELS: dict[str, type[Parameters]] = {
     "08_figures": Drawing,
     "09_dose_response": Drawing,
     "10_critical_mass": Drawing,
+    "11_explore": Exploring,
 }
 ALIGN = {"dpo": "02_align_dpo", "grpo": "03_align_grpo"}
 # A scenario from outside that has no notebook evolves under its own name.

@@ -8,7 +8,7 @@ from atp_utils import ROOT
 
 LAYERS = (
     "support", "evolution", "analysis", "problems", "sandbox", "scenarios", "models", "engines", "parameters", "runs",
-    "training", "run", "pilot",
+    "training", "rescore", "explore", "run", "pilot",
 )  # fmt: skip
 FILES = sorted((ROOT / "atp_utils").rglob("*.py"))
 MOST_LINES = 450

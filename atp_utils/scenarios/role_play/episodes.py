@@ -82,7 +82,7 @@ def forced(item: Item, setting: Evolution, protocol: Protocol, seed: int) -> Epi
         for told, ratio in product(setting.told, setting.ratios):
             sequences = [()] if told == "unrelated" else product((False, True), repeat=rounds)
             asked += [(told, ratio, sequence) for sequence in sequences]
-        questions = [_forced_question(item, setting, protocol, seed, turns[: rounds + 1], *node) for node in asked]
+        questions = [written_question(item, setting, protocol, seed, turns[: rounds + 1], *node) for node in asked]
         choices = yield from decide(questions, protocol)
         for (told, ratio, sequence), choice in zip(asked, choices, strict=True):
             given = {"scenario": "role_play", "condition": "forced_history", "seed": seed, "agent": len(rows)}
@@ -92,7 +92,7 @@ def forced(item: Item, setting: Evolution, protocol: Protocol, seed: int) -> Epi
     return rows
 
 
-def _forced_question(
+def written_question(
     item: Item,
     setting: Evolution,
     protocol: Protocol,
@@ -102,6 +102,10 @@ def _forced_question(
     ratio: float,
     sequence: tuple[bool, ...],
 ) -> Question:
+    """The question behind a written ``sequence`` of rounds (deviant?), whose it is ``told``, at a payoff ``ratio``.
+
+    ``turns`` has the order of options of each round, the asked one's last.
+    """
     pay, name = Pay.of(item, setting.condition, ratio), "".join("d" if deviant else "c" for deviant in sequence)
     key = ("role_play", item.id, f"seed{seed}", f"{told}-{ratio:g}-{name}", f"round{len(turns)}")
     asks = telling.scene(item, setting, protocol, pay)
