@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from atp_utils import resolve, shown
-from atp_utils.analysis import dose_response, positions, stats, tables, tool_use_tables
+from atp_utils.analysis import dose_response, positions, scoreboard, stats, tables, tool_use_tables
 from atp_utils.evolution import journal
 
 Tables = tuple[tuple[str, Callable[[pd.DataFrame], pd.DataFrame]], ...]
@@ -76,18 +76,15 @@ def readme_tables(results: Path) -> dict[str, str]:
     written, answers = dose_response.written(role_play), dose_response.written(games, "collusion")
     made: dict[str, tuple[pd.DataFrame, Callable[[pd.DataFrame], pd.DataFrame]]] = {
         "primary contrast": (decisions, tables.contrast),
+        "questions": (decisions, tables.answers),
+        "scoreboard": (decisions, scoreboard.shown),
         "role-play": (stats.standard(role_play), _violations),
         "slopes": (written, tables.slopes),
         "premise": (stats.standard(problems), tool_use_tables.premise),
-        "tool use": (stats.standard(problems), tool_use_tables.main_table2),
-        "collusion": (stats.standard(games), tables.collusion),
         "critical mass": (answers, tables.dynamics),
     }
     ours = {name: tabled(rows) for name, (rows, tabled) in made.items() if len(rows)}
-    paper = {"role-play, paper": tables.paper_columns(), "tool use, paper": tool_use_tables.paper_columns()}
-    if decisions["model"].nunique() == 1:
-        ours = {name: table.droplevel("model") for name, table in ours.items()}
-    return {name: table.reset_index().to_markdown(index=False) for name, table in (ours | paper).items()}
+    return {name: table.reset_index().to_markdown(index=False) for name, table in ours.items()}
 
 
 def main() -> int:

@@ -21,8 +21,6 @@ PAPER = Path("data/paper/table2_tool_use.csv")
 GRID = 24  # every published accuracy is a multiple of 1/24, rounded to a whole per cent
 KEYS = ("model", "arm", "round")
 UNITS = ("environment", "history")
-# The rows of `table2` that answer the paper's question.
-MAIN = ("tool usage, complex", "P(tool), complex", "accuracy, complex", "accuracy, simple")
 MEASURES = {
     "tool usage": "used",
     "P(tool)": "p_tool",
@@ -40,13 +38,6 @@ def paper_table2() -> pd.DataFrame:
     table = pd.read_csv(resolve(PAPER)).rename(columns={"method": "arm"})
     usage, accuracy = table.pop("tool_usage_pct"), table.pop("complex_accuracy_pct")
     return table.assign(usage=usage / 100, accuracy=accuracy / 100, solved=(accuracy * GRID / 100).round().astype(int))
-
-
-def paper_columns() -> pd.DataFrame:
-    """The published Table 2 in the form of `table2`, in percent."""
-    names = {"usage": "tool usage, complex", "accuracy": "accuracy, complex"}
-    tidy = paper_table2().rename(columns=names).melt(KEYS, names.values(), var_name="measure", value_name="percent")
-    return (100 * stats.by_round(tidy, ["model", "arm", "measure"], "percent")).round(1)
 
 
 def problem_table(decisions: pd.DataFrame, kind: str = "complex") -> pd.DataFrame:
@@ -128,12 +119,6 @@ def table2(decisions: pd.DataFrame) -> pd.DataFrame:
     wide.insert(0, "n a round", cells.groupby(index)["n"].first())
     order = {name: place for place, name in enumerate(cells["measure"].unique())}
     return wide.sort_index(key=lambda level: level.map(order) if level.name == "measure" else level)
-
-
-def main_table2(decisions: pd.DataFrame) -> pd.DataFrame:
-    """Those rows of `table2` that the README shows (`MAIN`)."""
-    table = table2(decisions)
-    return table[table.index.get_level_values("measure").isin(MAIN)]
 
 
 def _labelled(table: pd.DataFrame, name: str, shown) -> pd.DataFrame:
