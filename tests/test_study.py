@@ -132,3 +132,17 @@ def test_the_table_names_questions_in_their_order(tmp_path):
     shown = list(dict.fromkeys(table.index.get_level_values("question")))
     assert shown == [text for text in texts if text in shown] and list(table.columns) == ["scripted, base"]
     assert table.iloc[0, 0].endswith("] shown")
+
+
+def test_a_condition_of_one_training_is_compared_by_environments():
+    rows = []
+    for place, environment in enumerate("abcd"):
+        for seed in (0, 1):
+            for condition, drift in (("standard", 0.3 + 0.01 * place), ("caught", 0.1)):
+                if condition == "standard" or seed == 0:
+                    rows += [
+                        ("dpo", seed, environment, condition, 1, 0.2),
+                        ("dpo", seed, environment, condition, 2, 0.2 + drift),
+                    ]
+    [row] = study.answers(table_of(rows)).query("question == 'brakes'").itertuples()
+    assert row.n == 4 and row.estimate == pytest.approx(0.215) and row.verdict == "shown"

@@ -211,8 +211,9 @@ def mean_interval(changes: pd.Series, most: float = 1) -> tuple[float, float, fl
 
 
 def levels(changes: pd.Series) -> list[pd.Index]:
-    """The kinds of units that index ``changes``."""
-    return [changes.index.get_level_values(level) for level in range(changes.index.nlevels)]
+    """The kinds of units that index ``changes``: trainings where there are several (`kinds_of`)."""
+    kinds = [changes.index.get_level_values(level) for level in range(changes.index.nlevels)]
+    return [kind for kind in kinds if kind.name != "training_seed" or kind.nunique() > 1]
 
 
 def percent(rate: float, low: float | None = None, high: float | None = None) -> str:
