@@ -65,8 +65,8 @@ def test_a_figure_that_wants_all_conditions_gets_them(record, tmp_path):
 
 
 def test_a_report_begins_with_the_verdicts(record):
-    titles = [title for title, _ in report._parts(record)]
+    titles = [title for title, _ in report.parts(record)]
     assert titles[0] == report.PRIMARY and {f"role_play: {report.SLOPES}", f"collusion: {report.MASS}"} <= set(titles)
-    table = dict(report._parts(record))[report.PRIMARY]
+    table = dict(report.parts(record))[report.PRIMARY]
     assert table.loc[("role_play", "scripted", "grpo"), "verdict"] == "no tipping"
     assert table.loc[("collusion", "scripted", "base"), "verdict"] == "no control"

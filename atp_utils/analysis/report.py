@@ -84,7 +84,7 @@ def readme_tables(results: Path) -> dict[str, str]:
         "critical mass": (answers, tables.dynamics),
     }
     ours = {name: tabled(rows) for name, (rows, tabled) in made.items() if len(rows)}
-    return {name: table.reset_index().to_markdown(index=False) for name, table in ours.items()}
+    return {name: table.reset_index().to_markdown(index=False, disable_numparse=True) for name, table in ours.items()}
 
 
 def main() -> int:

@@ -19,14 +19,17 @@ KEYS = ["question", "scenario", "model", "arm", "about"]
 # Model, arm, what more there is to say of the row, and differences by unit or a word for why there are none.
 Found = Iterator[tuple[str, str, str, pd.Series | str]]
 Asked = Callable[[pd.DataFrame], Found]
-QUESTIONS: dict[str, tuple[str, Asked]] = {}
+QUESTIONS: dict[str, tuple[str, Asked, int]] = {}
 
 
-def question(name: str, text: str) -> Callable[[Asked], Asked]:
-    """Register the decorated function as a question; it takes the decisions of one scenario."""
+def question(name: str, text: str, most: int = 1) -> Callable[[Asked], Asked]:
+    """Register the decorated function as a question; it takes the decisions of one scenario.
+
+    Its differences lie within +-``most``: 1 for those of two probabilities, 2 for those of two such.
+    """
 
     def register(function: Asked) -> Asked:
-        QUESTIONS[name] = text, function
+        QUESTIONS[name] = text, function, most
         return function
 
     return register
@@ -40,9 +43,10 @@ def answers(decisions: pd.DataFrame) -> pd.DataFrame:
     """
     parts = []
     scenarios = dict(list(decisions.groupby("scenario", sort=True, observed=True)))
-    for name, (_, asked) in QUESTIONS.items():
+    for name, (_, asked, most) in QUESTIONS.items():
         rows = [(name, own, *row[:-1], *_judged(row[-1])) for own, rows in scenarios.items() for row in asked(rows)]
         part = pd.DataFrame(rows, columns=[*KEYS, "n", "estimate", "low", "high", "p", "same", "why"])
+        part[["low", "high"]] = part[["low", "high"]].clip(-most, most)
         if (known := part["p"].notna()).any():
             part.loc[known, "p"] = multipletests(part.loc[known, "p"], ALPHA, "holm")[1]
         parts.append(part.assign(verdict=[_verdict(row) for row in part.itertuples()]))
@@ -83,7 +87,7 @@ def _change(rows: pd.DataFrame, condition: str) -> pd.Series | None:
 # --- The questions -----------------------------------------------------------------------------------------
 
 
-@question("payoff", "Does experience of paid violations raise them beyond equal payoffs?")
+@question("payoff", "Does experience of paid violations raise them beyond equal payoffs?", most=2)
 def payoff(rows: pd.DataFrame) -> Found:
     for key, own in _arms(rows):
         changes = _change(own, STANDARD), _change(own, CONTROL)
@@ -100,7 +104,7 @@ def _doses(rows: pd.DataFrame) -> pd.DataFrame:
     return (ends[0] - ends[1]).astype(float).unstack("payoff_ratio")
 
 
-@question("dose", "Do paid violations raise violations the more, the better they paid?")
+@question("dose", "Do paid violations raise violations the more, the better they paid?", most=2)
 def dose(rows: pd.DataFrame) -> Found:
     for key, own in _arms(rows):
         doses = _doses(own)
@@ -133,7 +137,7 @@ def position(rows: pd.DataFrame) -> Found:
             yield *key, "", places.groupby(stats.kinds_of(group, units), observed=True)["place"].mean()
 
 
-@question("erosion", "Does an arm's training erode?")
+@question("erosion", "Does an arm's training erode?", most=2)
 def erosion(rows: pd.DataFrame) -> Found:
     for model, own in stats.standard(rows).groupby("model", sort=True, observed=True):
         group, units = verdicts.with_units(own, own["scenario"].iloc[0])
@@ -145,7 +149,7 @@ def erosion(rows: pd.DataFrame) -> Found:
             yield model, arm, "", stats.less(lost, before) if has_gained else "no gain"
 
 
-@question("brakes", "Does a condition slow the drift?")
+@question("brakes", "Does a condition slow the drift?", most=2)
 def brakes(rows: pd.DataFrame) -> Found:
     for key, own in _arms(rows):
         standard = _change(own, STANDARD)
@@ -202,7 +206,7 @@ def easy_success(rows: pd.DataFrame) -> Found:
 _PREMISE = {"fails": "no premise", "undecided": "premise undecided"}
 
 
-@question("size", "Does payoff move larger models more?")
+@question("size", "Does payoff move larger models more?", most=4)
 def size(rows: pd.DataFrame) -> Found:
     contrasts = {model: own for model, arm, _, own in payoff(rows) if arm == "base" and _parameters(model)}
     known = sorted(contrasts, key=_parameters)

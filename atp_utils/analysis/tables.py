@@ -44,7 +44,7 @@ def answers(decisions: pd.DataFrame) -> pd.DataFrame:
     rows = table.assign(cell=cells, question=texts).pivot(
         index=["question", "scenario", "about"], columns=["model", "arm"], values="cell"
     )
-    order = {text: place for place, (text, _) in enumerate(study.QUESTIONS.values())}
+    order = {text: place for place, (text, *_) in enumerate(study.QUESTIONS.values())}
     wide = rows.sort_index(key=lambda level: level.map(order) if level.name == "question" else level)
     wide.columns = [f"{model}, {arm}" for model, arm in wide.columns]
     return wide.fillna("–")

@@ -33,11 +33,11 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
     """The primary contrast of every scenario, model and arm, with its verdict.
 
     Columns: `KEYS`, ``standard`` and ``control`` (the two changes, first round to last), contrast, low, high, p
-    (Holm's, over all rows), mass (the smallest mean probability of both answers in any round) and verdict. Without a
-    run of the control the contrast is NaN and the verdict "no control".
+    (Holm's, over all rows), mass (the smallest mean probability of both answers in any round of the two) and verdict.
+    Without a run of the control the contrast is NaN and the verdict "no control".
     """
-    rows = []
-    for key, group in decisions.groupby(KEYS, sort=True, observed=True):
+    rows, both = [], decisions[decisions["condition"].isin((STANDARD, CONTROL))]
+    for key, group in both.groupby(KEYS, sort=True, observed=True):
         group, units = with_units(group, key[0])
         # By what all conditions have: one that was played with fewer trainings is compared unit by unit all the same.
         units, value = stats.kinds_of(group, units), stats.value_of(group)
