@@ -51,7 +51,8 @@ def table_of(rows):
     names = ["arm", "training_seed", "environment", "condition", "round", "p_deviate"]
     facts = {"scenario": "role_play", "model": "m-1b", "valid": True, "deviated": True, "p_first": None, "mass": 1.0,
              **dict.fromkeys(["told", "payoff_ratio", "past_compliant", "past_deviant", "past_others"])}  # fmt: skip
-    return pd.DataFrame(rows, columns=names).assign(**facts).astype({"p_deviate": "Float64"})
+    table = pd.DataFrame(rows, columns=names).assign(**facts).astype({"p_deviate": "Float64"})
+    return table.assign(item=table["environment"])
 
 
 def test_erosion_by_hand():
@@ -146,3 +147,20 @@ def test_a_condition_of_one_training_is_compared_by_environments():
                     ]
     [row] = study.answers(table_of(rows)).query("question == 'brakes'").itertuples()
     assert row.n == 4 and row.estimate == pytest.approx(0.215) and row.verdict == "shown"
+
+
+def test_conditions_are_compared_on_the_items_that_both_have():
+    rows = []
+    for place, environment in enumerate("abcdef"):
+        # The item that only the standard condition played drifts by a half, the others alike in both.
+        for item, condition, drift in (
+            ("1", "standard", 0.1),
+            ("1", "caught", 0.1 + 0.001 * place),
+            ("2", "standard", 0.6),
+        ):
+            ends = [("base", 0, environment, condition, number, 0.2 + drift * (number == 2)) for number in (1, 2)]
+            rows += [(*end, f"{environment}-{item}") for end in ends]
+    names = [row[-1] for row in rows]
+    table = table_of([row[:-1] for row in rows]).assign(item=names)
+    [row] = study.answers(table).query("question == 'brakes'").itertuples()
+    assert row.estimate == pytest.approx(-0.0025)

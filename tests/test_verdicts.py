@@ -205,7 +205,7 @@ def test_trainings_are_units_beside_environments():
     rises = {("e", 0): 0.1, ("f", 0): 0.3, ("e", 1): 0.3, ("f", 1): 0.5}
     rows = [
         {"scenario": "role_play", "model": "m", "arm": "dpo", "condition": condition, "seed": 0, "training_seed": seed,
-         "environment": environment, "round": number, "valid": True, "deviated": True, "mass": 1.0,
+         "environment": environment, "item": environment, "round": number, "valid": True, "deviated": True, "mass": 1.0,
          "p_deviate": 0.2 + (number - 1) * rise * (condition == "standard")}
         for (environment, seed), rise in rises.items()
         for condition in ("standard", "equal_payoffs") for number in (1, 2)

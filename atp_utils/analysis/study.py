@@ -84,15 +84,24 @@ def _change(rows: pd.DataFrame, condition: str) -> pd.Series | None:
     return stats.unit_changes(own, stats.value_of(group), stats.kinds_of(group, units)) if len(own) else None
 
 
+def _less(rows: pd.DataFrame, condition: str) -> pd.Series | None:
+    """The change in the standard condition less that in another, of the same items; None where either wasn't run."""
+    if not {STANDARD, condition} <= set(rows["condition"]):
+        return None
+    group, units = verdicts.with_units(rows, rows["scenario"].iloc[0])
+    kinds = stats.kinds_of(group, units)
+    standard, other = verdicts.changes_of(group, stats.value_of(group), kinds, STANDARD, condition)
+    return standard - other
+
+
 # --- The questions -----------------------------------------------------------------------------------------
 
 
 @question("payoff", "Does experience of paid violations raise them beyond equal payoffs?", most=2)
 def payoff(rows: pd.DataFrame) -> Found:
     for key, own in _arms(rows):
-        changes = _change(own, STANDARD), _change(own, CONTROL)
-        if all(change is not None for change in changes):
-            yield *key, "", changes[0] - changes[1]
+        if (change := _less(own, CONTROL)) is not None:
+            yield *key, "", change
 
 
 def _doses(rows: pd.DataFrame) -> pd.DataFrame:
@@ -152,11 +161,9 @@ def erosion(rows: pd.DataFrame) -> Found:
 @question("brakes", "Does a condition slow the drift?", most=2)
 def brakes(rows: pd.DataFrame) -> Found:
     for key, own in _arms(rows):
-        standard = _change(own, STANDARD)
         for condition in BRAKES:
-            change = _change(own, condition)
-            if standard is not None and change is not None:
-                yield *key, condition, standard - change
+            if (change := _less(own, condition)) is not None:
+                yield *key, condition, change
 
 
 @question("imitation", "Do agents collude the more, the more others did?")
@@ -208,10 +215,16 @@ _PREMISE = {"fails": "no premise", "undecided": "premise undecided"}
 
 @question("size", "Does payoff move larger models more?", most=4)
 def size(rows: pd.DataFrame) -> Found:
-    contrasts = {model: own for model, arm, _, own in payoff(rows) if arm == "base" and _parameters(model)}
-    known = sorted(contrasts, key=_parameters)
+    base = dict(list(rows[rows["arm"] == "base"].groupby("model", observed=True)))
+    known = [
+        model for model, own in base.items() if _parameters(model) and {STANDARD, CONTROL} <= set(own["condition"])
+    ]
+    known.sort(key=_parameters)
     for smaller, larger in zip(known, known[1:], strict=False):
-        yield larger, "base", f"less {smaller}", contrasts[larger] - contrasts[smaller]
+        shared = set(base[smaller]["item"]) & set(base[larger]["item"])
+        less, more = (_less(base[model][base[model]["item"].isin(shared)], CONTROL) for model in (smaller, larger))
+        if less is not None and more is not None:
+            yield larger, "base", f"less {smaller}", more - less
 
 
 def _parameters(model: str) -> float:

@@ -41,14 +41,12 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
         group, units = with_units(group, key[0])
         # By what all conditions have: one that was played with fewer trainings is compared unit by unit all the same.
         units, value = stats.kinds_of(group, units), stats.value_of(group)
-        changes = {
-            name: stats.unit_changes(group[group["condition"] == name], value, units) for name in (STANDARD, CONTROL)
-        }
-        differences = (changes[STANDARD] - changes[CONTROL]).dropna().astype(float)
+        changes = changes_of(group, value, units, STANDARD, CONTROL)
+        differences = (changes[0] - changes[1]).dropna().astype(float)
         mean, error, freedom = stats.estimate(differences, *stats.levels(differences))
         ends = stats.interval(differences, *stats.levels(differences), proportion=False)
         mass = group.groupby(["condition", "round"], observed=True)["mass"].mean().astype(float).min()
-        means = (float(change.mean()) if len(change) else np.nan for change in changes.values())
+        means = (float(change.mean()) if len(change) else np.nan for change in changes)
         rows.append((*key, *means, mean, *ends, two_sided(mean, error, freedom), mass, same(mean, error, freedom)))
     names = [*KEYS, "standard", "control", "contrast", "low", "high", "p", "mass", "same"]
     table = pd.DataFrame(rows, columns=names)
@@ -56,6 +54,22 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
     if known.any():
         table.loc[known, "p"] = multipletests(table.loc[known, "p"], ALPHA, "holm")[1]
     return table.assign(verdict=[_verdict(row) for row in table.itertuples()]).drop(columns="same")
+
+
+def changes_of(
+    group: pd.DataFrame, value: str, units: Sequence[str], one: str, other: str
+) -> tuple[pd.Series, pd.Series]:
+    """Last round minus first by unit, in two conditions of one arm, of those items that were played in both.
+
+    Items of one environment differ: a condition that was played with fewer would else be compared with other items.
+    Where one of them wasn't played its changes are empty, and the other's of all items.
+    """
+    parts = [group[group["condition"] == name] for name in (one, other)]
+    shared = set(parts[0]["item"]) & set(parts[1]["item"])
+    if shared:
+        parts = [part[part["item"].isin(shared)] for part in parts]
+    first, second = (stats.unit_changes(part, value, units) for part in parts)
+    return first, second
 
 
 def two_sided(mean: float, error: float, freedom: int) -> float:
@@ -93,10 +107,10 @@ def conditions(decisions: pd.DataFrame) -> pd.DataFrame:
     for key, group in stats.lived(decisions).groupby(KEYS, sort=True, observed=True):
         group, units = with_units(group, key[0])
         units, value = stats.kinds_of(group, units), stats.value_of(group)
-        standard = stats.unit_changes(group[group["condition"] == STANDARD], value, units)
         for name, own in group.groupby("condition", sort=False, observed=True):
             changes = stats.unit_changes(own, value, units)
-            against = changes - standard if name != STANDARD else changes.iloc[:0]
+            both = changes_of(group, value, units, name, STANDARD)
+            against = both[0] - both[1] if name != STANDARD else changes.iloc[:0]
             ends = own.groupby("round")[value].mean().astype(float)
             intervals = (*stats.mean_interval(changes), *stats.mean_interval(against, 2))
             rows.append((*key, name, ends.iloc[0], ends.iloc[-1], *intervals))
