@@ -24,7 +24,10 @@ from atp_utils.support.manifest import MANIFEST
 
 TITLE = "The Alignment Tipping Process, reproduced"
 TEMPLATE = "page.html.j2"
-ASKED = "Each question, its estimate in percentage points and its verdict were fixed before the runs."
+ASKED = (
+    "Each question, its estimate in percentage points and its verdict are those of docs/preregistration.md, which says what "
+    "was fixed before the runs and what was amended."
+)
 SCORED = (
     "What the paper's tables and figures report, in percentage points, beside ours: reproduced (same sign, and the "
     "interval holds the paper's number where it gives one), direction only, not reproduced, not run. What comes again "
