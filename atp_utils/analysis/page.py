@@ -25,8 +25,8 @@ from atp_utils.support.manifest import MANIFEST
 TITLE = "The Alignment Tipping Process, reproduced"
 TEMPLATE = "page.html.j2"
 ASKED = (
-    "Each question, its estimate in percentage points and its verdict are those of docs/preregistration.md, which says what "
-    "was fixed before the runs and what was amended."
+    "Each question, its estimate in percentage points and its verdict are those of docs/preregistration.md, which says "
+    "what was fixed before the runs and what was amended."
 )
 SCORED = (
     "What the paper's tables and figures report, in percentage points, beside ours: reproduced (same sign, and the "
