@@ -20,8 +20,6 @@ from atp_utils.evolution.protocol import Choice, Protocol, decide
 from atp_utils.evolution.requests import Engine, Message
 from atp_utils.scenarios.role_play.episodes import Evolution, written_question
 from atp_utils.scenarios.role_play.items import Item
-from atp_utils.support import folders
-from atp_utils.support.manifest import MANIFEST
 
 ROUNDS = 4  # written rounds that the explorer has room for
 COLOURS = {"system": "#eef1f4", "user": "#f7f3e8", "assistant": "#e6f2ea"}
@@ -43,18 +41,17 @@ def recorded(results: str) -> widgets.Widget:
     Raises FileNotFoundError where ``results`` holds no complete run.
     """
     root = resolve(results)
-    paths = [path.parent for path in folders.below(root, MANIFEST) if (path.parent / journal.DECISIONS).is_file()]
+    paths = journal.complete_runs(root)
     if not paths:
         raise FileNotFoundError(f"{results} holds no complete run")
     run = widgets.Dropdown(options=[path.relative_to(root).as_posix() for path in paths], description="run")
     item, agent = widgets.Dropdown(description="item"), widgets.Dropdown(description="agent")
     number, view = widgets.SelectionSlider(options=[1], description="round"), widgets.HTML()
-    tables: dict[str, pd.DataFrame] = {}
 
     def follow(_: object = None) -> None:
         """Offer what there is of the run, the item and the agent that are chosen, and show the decision."""
         # Each offer may change what is chosen, and then comes here again, before it goes on.
-        table = tables.setdefault(run.value, pd.read_parquet(root / run.value / journal.DECISIONS))
+        table, record = _run(root / run.value)
         for widget, column in ((item, "item"), (agent, "agent"), (number, "round")):
             offered = tuple(sorted(table[column].unique().tolist()))
             if tuple(widget.options) != offered:
@@ -64,7 +61,7 @@ def recorded(results: str) -> widgets.Widget:
             table = table[table[column] == widget.value]
             if table.empty:  # between two choices
                 return
-        view.value = decision_html(table.iloc[0], _record(root / run.value))
+        view.value = decision_html(table.iloc[0], record)
 
     for widget in (run, item, agent, number):
         widget.observe(follow, "value")
@@ -73,8 +70,9 @@ def recorded(results: str) -> widgets.Widget:
 
 
 @lru_cache(maxsize=4)
-def _record(run: Path) -> journal.Record:
-    return journal.read_record(next(path for path in sorted(run.glob(f"{journal.REPLIES}*"))))
+def _run(folder: Path) -> tuple[pd.DataFrame, journal.Record]:
+    """Decisions and record of a run, read once: every choice of a reader comes by here."""
+    return pd.read_parquet(folder / journal.DECISIONS), journal.record_of(folder)
 
 
 def decision_html(row: pd.Series, record: journal.Record) -> str:

@@ -24,7 +24,6 @@ from atp_utils.evolution.loop import Episode
 from atp_utils.evolution.requests import Reply, Request
 from atp_utils.parameters import EVOLVE
 from atp_utils.scenarios.registry import SCENARIOS
-from atp_utils.support import folders
 from atp_utils.support.manifest import MANIFEST
 
 WHICH = ["seed", "item", "agent", "round"]
@@ -75,8 +74,7 @@ def rescore(run: Path, parser: Parser | None = None) -> tuple[pd.DataFrame, pd.D
     facts = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
     [name] = before["scenario"].unique()
     given = parameters.check(EVOLVE[name], facts["settings"] | {"data": str(_data(run, name, facts["settings"]))})
-    path = next(path for path in (run / journal.REPLIES, run / f"{journal.REPLIES}.gz") if path.is_file())
-    replay = Replay(journal.read_record(path), facts["identity"])
+    replay = Replay(journal.record_of(run), facts["identity"])
     scenario, ways = SCENARIOS[name], given.protocol_of()
     with (
         patch.object(protocol, "parse_choice", parser or protocol.parse_choice),
@@ -115,8 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, differ = parsed.parse_args(arguments), False
     try:
         parser = runpy.run_path(options.parser)["parse_choice"] if options.parser else None
-        found = [path.parent for path in folders.below(resolve(options.runs), MANIFEST)]
-        for run in (path for path in found if (path / journal.DECISIONS).is_file()):
+        for run in journal.complete_runs(resolve(options.runs)):
             now, changed = rescore(run, parser)
             causes = changed["cause"].value_counts()
             counts = f"{causes.get('reading', 0)} read otherwise, {causes.get('history', 0)} behind another history"

@@ -19,7 +19,7 @@ import pandas as pd
 from atp_utils import resolve, shown
 from atp_utils.analysis import gallery, plots, report, scoreboard, tables
 from atp_utils.evolution import journal
-from atp_utils.support import files, folders
+from atp_utils.support import files
 from atp_utils.support.manifest import MANIFEST
 
 TITLE = "The Alignment Tipping Process, reproduced"
@@ -84,14 +84,12 @@ def _figures(rows: pd.DataFrame, scenario: str) -> Iterator[dict[str, str]]:
 
 def _runs(results: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """What made each run, a row of the table, and its manifest as text."""
-    for path in folders.below(results, MANIFEST):
-        text = path.read_text(encoding="utf-8")
+    for run in journal.complete_runs(results):
+        text = (run / MANIFEST).read_text(encoding="utf-8")
         facts = json.loads(text)
-        if "counts" not in facts:
-            continue
         given, identity = facts["settings"], facts["identity"].split("|")
         row = {
-            "run": path.parent.relative_to(results).as_posix(),
+            "run": run.relative_to(results).as_posix(),
             "decisions": facts["counts"]["decisions"],
             "invalid": facts["counts"]["invalid"],
             "protocol": given["protocol"],

@@ -13,8 +13,7 @@ import pandas as pd
 
 from atp_utils import resolve
 from atp_utils.analysis import stats
-from atp_utils.evolution.journal import DECISIONS
-from atp_utils.support import folders
+from atp_utils.evolution.journal import DECISIONS, complete_runs
 from atp_utils.support.manifest import MANIFEST
 
 PAPER = Path("data/paper/table2_tool_use.csv")
@@ -191,10 +190,10 @@ def tool_events(results: Path) -> pd.DataFrame:
     Rows: (model, event); columns: (arm, simple or complex) counts. Empty where no manifest holds any.
     """
     rows = []
-    for path in folders.below(Path(results), MANIFEST):
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if "tool_events" in facts and (path.parent / DECISIONS).is_file():
-            [model] = pd.read_parquet(path.parent / DECISIONS, columns=["model"])["model"].unique()
+    for run in complete_runs(results):
+        facts = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
+        if "tool_events" in facts:
+            [model] = pd.read_parquet(run / DECISIONS, columns=["model"])["model"].unique()
             rows += [{"model": model, "arm": facts["settings"]["arm"], **event} for event in facts["tool_events"]]
     if not rows:
         return pd.DataFrame()

@@ -213,14 +213,24 @@ def remove_derived(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def complete_runs(folder: Path) -> list[Path]:
+    """The folders of all complete runs in and below ``folder``, published or not, in order."""
+    found = (path.parent for path in folders.below(Path(folder), MANIFEST))
+    return [run for run in found if (run / DECISIONS).is_file()]
+
+
+def record_of(run: Path) -> Record:
+    """The record of a run, compressed or not."""
+    return read_record(next(path for path in (run / REPLIES, run / f"{REPLIES}.gz") if path.is_file()))
+
+
 def read_decisions(folder: Path) -> pd.DataFrame:
     """Decisions of every complete run below ``folder``, one table; incomplete runs are left out.
 
     Raises FileNotFoundError where there is none, and ValueError where two are of one policy in one condition: counted
     twice, its decisions would pass for more.
     """
-    paths = [path.parent / DECISIONS for path in folders.below(Path(folder), MANIFEST)]
-    parts = {path: pd.read_parquet(path) for path in paths if path.is_file()}
+    parts = {run / DECISIONS: pd.read_parquet(run / DECISIONS) for run in complete_runs(folder)}
     if not parts:
         raise FileNotFoundError(f"{shown(folder)} holds no complete run (a folder with {DECISIONS} and {MANIFEST})")
     seen: dict[tuple, Path] = {}
@@ -233,7 +243,7 @@ def read_decisions(folder: Path) -> pd.DataFrame:
 
 def with_words(decisions: pd.DataFrame, results: Path) -> pd.DataFrame:
     """``decisions`` with a column ``words``: what was written where the choice was made; missing for forced choices."""
-    written = decisions["p_deviate"].isna() & decisions["valid"]
+    written = decisions["mass"].isna() & decisions["valid"]
     replies = read_replies(results) if written.any() else {}
     words = decisions["reply"].where(written).map(lambda digest: replies[digest].text, na_action="ignore")
     return decisions.assign(words=words.astype("string"))
