@@ -45,10 +45,10 @@ def claims() -> Iterator[Claim]:
         if arm != "base":
             gains = tuple((first[arm] - first["base"]).tolist())
             text = f"{NAMES[arm]} begins below base"
-            yield Claim("Table 1", text, "role_play", -1, gains, _gain(arm, ("environment",)))
+            yield Claim("Table 1", text, "role_play", -1, gains, _gain(arm))
         drifts = tuple((last[arm] - first[arm]).tolist())
         text = f"violations of {NAMES[arm]} climb, round 1 to 6"
-        yield Claim("Table 1", text, "role_play", 1, drifts, _drift(arm, ("environment",)))
+        yield Claim("Table 1", text, "role_play", 1, drifts, _drift(arm))
     paper = tool_use_tables.paper_table2()
     for measure, column in (("tool usage", "usage"), ("accuracy", "accuracy")):
         first, last = (_ends(paper, column, side) for side in ("first", "last"))
@@ -59,11 +59,11 @@ def claims() -> Iterator[Claim]:
     rates = pd.read_csv(resolve(tables.PAPER / "figure3_round1.csv")).set_index("method")["collusion_rate_pct"] / 100
     for arm in ("dpo", "grpo"):
         text = f"{NAMES[arm]} begins below base"
-        yield Claim("Figure 3", text, "collusion", -1, (rates[arm] - rates["base"],), _gain(arm, ("environment",)))
+        yield Claim("Figure 3", text, "collusion", -1, (rates[arm] - rates["base"],), _gain(arm))
     for arm in stats.ARMS:
         for thresholds, sign, verb in ((EASY, 1, "climbs"), (HARD, -1, "falls")):
             text = f"collusion of {NAMES[arm]} {verb} at k = {thresholds[0]}, {thresholds[1]}"
-            yield Claim("Figure 3", text, "collusion", sign, (), _drift(arm, ("environment",), thresholds))
+            yield Claim("Figure 3", text, "collusion", sign, (), _drift(arm, thresholds))
     for arm in stats.ARMS:
         text = f"{NAMES[arm]} colludes again after a success in more than {OFTEN:.0%}"
         yield Claim("Figure 4", text, "collusion", 1, (), _again(arm))
@@ -115,27 +115,25 @@ def _ends(paper: pd.DataFrame, value: str, side: str) -> pd.DataFrame:
     return paper.sort_values("round").groupby(["model", "arm"])[value].agg(side).unstack("arm")
 
 
-def _drift(arm: str, units: tuple[str, ...], thresholds: tuple[int, ...] = ()) -> Differences:
+def _drift(arm: str, thresholds: tuple[int, ...] = ()) -> Differences:
     def drift(rows: pd.DataFrame) -> pd.Series | None:
         own = rows[rows["arm"] == arm]
         own = own[own["threshold"].isin(thresholds)] if thresholds else own
-        return stats.unit_changes(own, stats.value_of(own), units) if len(own) else None
+        return stats.unit_changes(own, stats.value_of(own)) if len(own) else None
 
     return drift
 
 
-def _gain(arm: str, units: tuple[str, ...]) -> Differences:
+def _gain(arm: str) -> Differences:
     def gain(rows: pd.DataFrame) -> pd.Series | None:
-        return dict(stats.against_base(rows, stats.value_of(rows), units)).get(arm)
+        return dict(stats.against_base(rows, stats.value_of(rows))).get(arm)
 
     return gain
 
 
 def _of_tools(arm: str, measure: str) -> Differences:
     def change(rows: pd.DataFrame) -> pd.Series | None:
-        own = tool_use_tables.problem_table(rows[rows["arm"] == arm])
-        own = own.assign(valid=True) if measure == "accuracy" else own
-        own = own.assign(value=own[tool_use_tables.MEASURES[measure]].astype("Float64"))
+        own = tool_use_tables.measured(rows[rows["arm"] == arm], measure)
         return stats.unit_changes(own, "value", tool_use_tables.UNITS) if len(own) else None
 
     return change

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
-from atp_utils.analysis import critical_mass, stats, tool_use_tables, verdicts
+from atp_utils.analysis import critical_mass, dose_response, stats, tool_use_tables, verdicts
 from atp_utils.analysis.verdicts import ALPHA, CONTROL, STANDARD
 
 SHOWN, NOT_SHOWN, UNDECIDED = "shown", "not shown", "undecided"
@@ -44,25 +44,24 @@ def answers(decisions: pd.DataFrame) -> pd.DataFrame:
     parts = []
     scenarios = dict(list(decisions.groupby("scenario", sort=True, observed=True)))
     for name, (_, asked, most) in QUESTIONS.items():
-        rows = [(name, own, *row[:-1], *_judged(row[-1])) for own, rows in scenarios.items() for row in asked(rows)]
+        rows = [
+            (name, own, *row[:-1], *_judged(row[-1], most)) for own, rows in scenarios.items() for row in asked(rows)
+        ]
         part = pd.DataFrame(rows, columns=[*KEYS, "n", "estimate", "low", "high", "p", "same", "why"])
-        part[["low", "high"]] = part[["low", "high"]].clip(-most, most)
         if (known := part["p"].notna()).any():
             part.loc[known, "p"] = multipletests(part.loc[known, "p"], ALPHA, "holm")[1]
         parts.append(part.assign(verdict=[_verdict(row) for row in part.itertuples()]))
     return pd.concat([part for part in parts if len(part)], ignore_index=True).drop(columns=["same", "why"])
 
 
-def _judged(differences: pd.Series | str) -> tuple[int, float, float, float, float, bool, str]:
+def _judged(differences: pd.Series | str, most: int) -> tuple[int, float, float, float, float, bool, str]:
     nan = float("nan")
     if isinstance(differences, str):
         return 0, nan, nan, nan, nan, False, differences
     known = differences.dropna().astype(float)
-    kinds = stats.levels(known)
-    mean, error, freedom = stats.estimate(known, *kinds)
-    ends = stats.interval(known, *kinds, proportion=False)
+    mean, error, freedom = stats.estimate(known, *stats.levels(known))
     p, same = verdicts.two_sided(mean, error, freedom), verdicts.same(mean, error, freedom)
-    return max(freedom + 1, 0), mean, *ends, p, same, ""
+    return max(freedom + 1, 0), *stats.mean_interval(known, most), p, same, ""
 
 
 def _verdict(row) -> str:
@@ -106,7 +105,8 @@ def payoff(rows: pd.DataFrame) -> Found:
 
 def _doses(rows: pd.DataFrame) -> pd.DataFrame:
     """P(deviate) after rounds that all deviated, less that after rounds that all complied: [environments, ratios]."""
-    written = rows[(rows["condition"] == "forced_history") & (rows["told"] == "own") & rows["payoff_ratio"].notna()]
+    written = dose_response.written(rows)
+    written = written[written["told"] == "own"]
     longest = written[written["round"] == written["round"].max()]
     value, by = stats.value_of(rows), [*stats.kinds_of(longest, ("environment",)), "payoff_ratio"]
     ends = [longest[longest[past] == 0].groupby(by)[value].mean() for past in ("past_compliant", "past_deviant")]
@@ -130,7 +130,7 @@ def copying(rows: pd.DataFrame) -> Found:
 
 
 @question("format", "Does the length of a chat alone move choices?")
-def format(rows: pd.DataFrame) -> Found:  # noqa: A001  the question's name
+def chat_format(rows: pd.DataFrame) -> Found:
     for key, own in _arms(rows):
         if (change := _change(own, "unrelated_history")) is not None:
             yield *key, "", change
@@ -168,7 +168,8 @@ def brakes(rows: pd.DataFrame) -> Found:
 
 @question("imitation", "Do agents collude the more, the more others did?")
 def imitation(rows: pd.DataFrame) -> Found:
-    for key, own in _arms(_answered(rows)):
+    answered = dose_response.written(rows, "collusion")
+    for key, own in _arms(answered[answered["past_others"].notna() & answered["valid"]]):
         by = [*stats.kinds_of(own, ("environment",)), "past_deviant"]
         ends = [
             own[own["past_others"] == others].groupby(by)[stats.value_of(own)].mean()
@@ -178,14 +179,9 @@ def imitation(rows: pd.DataFrame) -> Found:
         yield *key, "", (ends[0] - ends[1]).astype(float).unstack("past_deviant").mean(axis=1, skipna=False)
 
 
-def _answered(rows: pd.DataFrame) -> pd.DataFrame:
-    """Decisions behind a written round of others."""
-    return rows[(rows["condition"] == "forced_history") & rows["past_others"].notna() & rows["valid"]]
-
-
 @question("critical mass", "Is there a critical mass?")
 def critical_mass_exists(rows: pd.DataFrame) -> Found:
-    for key, own in _arms(rows[(rows["condition"] == "forced_history") & (rows["scenario"] == "collusion")]):
+    for key, own in _arms(dose_response.written(rows, "collusion")):
         for (threshold, ratio), games in own.groupby(["threshold", "incentive_ratio"], observed=True):
             without = (games[games["environment"] != left] for left in games["environment"].unique())
             found = {_has_critical_mass(rest) for rest in without}
@@ -207,10 +203,8 @@ def easy_success(rows: pd.DataFrame) -> Found:
     holds = tool_use_tables.premise(own)["premise"] if len(own) else {}
     for key, group in _arms(own):
         # P(deviate) is that of doing without the tool.
-        yield *key, "", _PREMISE.get(holds[key], _change(group, STANDARD))
-
-
-_PREMISE = {"fails": "no premise", "undecided": "premise undecided"}
+        why = {"fails": "no premise", "undecided": "premise undecided"}.get(holds[key])
+        yield *key, "", why or _change(group, STANDARD)
 
 
 @question("size", "Does payoff move larger models more?", most=4)

@@ -150,11 +150,15 @@ def premise(decisions: pd.DataFrame) -> pd.DataFrame:
 
 def drift(decisions: pd.DataFrame, measure: str = "tool usage") -> pd.DataFrame:
     """Last round minus the first on complex problems, paired by family and agent: model, arm, drift, low, high."""
+    return stats.drift_table(measured(decisions, measure), "value", UNITS)
+
+
+def measured(decisions: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """The complex problems with a measure of `MEASURES` as ``value``; accuracy is known of invalid decisions too."""
     rows = problem_table(decisions)
     if measure in ("accuracy", "unanswered"):
         rows = rows.assign(valid=True)
-    rows = rows.assign(value=rows[MEASURES[measure]].astype("Float64"))
-    return stats.drift_table(rows, "value", UNITS)
+    return rows.assign(value=rows[MEASURES[measure]].astype("Float64"))
 
 
 def drift_columns(decisions: pd.DataFrame) -> pd.DataFrame:
