@@ -1,5 +1,6 @@
 """What all figures share: their registry, and panels under a title."""
 
+import functools
 import textwrap
 from collections.abc import Callable
 
@@ -11,8 +12,9 @@ from matplotlib.figure import Figure
 from atp_utils.analysis import stats
 from atp_utils.analysis.stats import ARMS
 
-Draws = Callable[[pd.DataFrame], Figure | None]
 Tabled = Callable[[pd.DataFrame], pd.DataFrame]
+# Decisions of one scenario and model, and the figure's numbers of these: made anew where they aren't given.
+Draws = Callable[..., Figure | None]
 FIGURES: dict[str, Draws] = {}
 TABLES: dict[str, Tabled] = {}  # figure -> the numbers that it shows
 OF: dict[str, list[str]] = {}  # scenario -> its figures
@@ -22,15 +24,19 @@ ALL_CONDITIONS: set[str] = set()  # figures that take all conditions; others get
 def figure_of(scenario: str, table: Tabled, *, all_conditions: bool = False) -> Callable[[Draws], Draws]:
     """Register the decorated function, by its name, as a figure of a scenario; "" for any that has none.
 
-    ``table`` gives the numbers that the figure shows, of the same decisions.
+    It is called with decisions and the numbers that it shows, which ``table`` makes of these.
     """
 
     def register(function: Draws) -> Draws:
-        FIGURES[function.__name__], TABLES[function.__name__] = function, table
+        @functools.wraps(function)
+        def draws(decisions: pd.DataFrame, numbers: pd.DataFrame | None = None) -> Figure | None:
+            return function(decisions, table(decisions) if numbers is None else numbers)
+
+        FIGURES[function.__name__], TABLES[function.__name__] = draws, table
         OF.setdefault(scenario, []).append(function.__name__)
         if all_conditions:
             ALL_CONDITIONS.add(function.__name__)
-        return function
+        return draws
 
     return register
 

@@ -31,11 +31,10 @@ def _ours(decisions: pd.DataFrame) -> dict[str, str]:
 
 
 @figure_of("", _measured)
-def rounds(decisions: pd.DataFrame) -> Figure:
+def rounds(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """Deviation rate and, where recorded, mean P(deviate) by round."""
-    ours = _measured(decisions)
-    figure, axes = grid(about(decisions, "Deviations"), 1, ours["measure"].nunique(), 3.6, 3.3, sharey=True)
-    _draw_ours(axes[0], ours, "deviation rate (%)")
+    figure, axes = grid(about(decisions, "Deviations"), 1, table["measure"].nunique(), 3.6, 3.3, sharey=True)
+    _draw_ours(axes[0], table, "deviation rate (%)")
     return figure
 
 
@@ -45,12 +44,12 @@ def _draw_ours(axes: np.ndarray, ours: pd.DataFrame, label: str) -> None:
 
 
 @figure_of("role_play", _measured)
-def role_play(decisions: pd.DataFrame) -> Figure:
+def role_play(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """Violation rate and, where recorded, mean P(deviate) by round; the paper's Table 1 beside them, dashed."""
-    ours, published = _measured(decisions), dict(list(tables.paper_table1().groupby("model", sort=False)))
-    title, own = about(decisions, "Rule violations"), ours["measure"].nunique()
+    published = dict(list(tables.paper_table1().groupby("model", sort=False)))
+    title, own = about(decisions, "Rule violations"), table["measure"].nunique()
     figure, axes = grid(title, 1, own + len(published), 3.6, 3.3, sharey=True)
-    _draw_ours(axes[0], ours, "violation rate (%)")
+    _draw_ours(axes[0], table, "violation rate (%)")
     for ax, (model, rates) in zip(axes[0, own:], published.items(), strict=True):
         plots.round_curves(ax, rates, title=f"{model} (paper)", label="", dashed=True)
     return figure
@@ -63,18 +62,17 @@ def _by_environment(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 @figure_of("role_play", _by_environment)
-def role_play_environments(decisions: pd.DataFrame) -> Figure | None:
+def role_play_environments(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     """P(deviate) of each environment, first round against last, a panel an arm.
 
     None without two rounds of it.
     """
-    known = _by_environment(decisions)
-    arms = [arm for arm in arms_of(known) if known.loc[known["arm"] == arm, "round"].nunique() > 1]
+    arms = [arm for arm in arms_of(table) if table.loc[table["arm"] == arm, "round"].nunique() > 1]
     if not arms:
         return None
     figure, axes = grid(about(decisions, "Environments"), 1, len(arms), 3.6, 4.1 if len(arms) == 1 else 3.8)
     for ax, arm in zip(axes[0], arms, strict=True):
-        plots.first_last(ax, known[known["arm"] == arm], title=plots.NAMES[arm])
+        plots.first_last(ax, table[table["arm"] == arm], title=plots.NAMES[arm])
     return figure
 
 
@@ -86,9 +84,9 @@ def _of_problems(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 @figure_of("tool_use", _of_problems)
-def tool_use(decisions: pd.DataFrame) -> Figure:
+def tool_use(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """Tool usage, accuracy and, where recorded, P(tool) on complex problems by round; the paper's below, dashed."""
-    measures = dict(list(_of_problems(decisions).groupby("measure", sort=False)))
+    measures = dict(list(table.groupby("measure", sort=False)))
     paper = tool_use_tables.paper_table2()
     published = {"tool usage": paper.assign(rate=paper["usage"]), "accuracy": paper.assign(rate=paper["accuracy"])}
     figure, axes = grid(about(decisions, "Complex problems"), 2, len(measures), 4.0, 3.1)
@@ -107,16 +105,15 @@ def _by_threshold(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 @figure_of("collusion", _by_threshold)
-def collusion(decisions: pd.DataFrame) -> Figure:
+def collusion(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """Collusion rate by round, a panel a threshold, at the paper's incentive ratio of 1 or the nearest that was run."""
-    own, rates = tipping.at_ratio_one(decisions), _by_threshold(decisions)
-    thresholds = sorted(rates["threshold"].unique())
+    own, thresholds = tipping.at_ratio_one(decisions), sorted(table["threshold"].unique())
     columns = min(len(thresholds), ACROSS)
     title = about(decisions, f"Collusion at incentive ratio {own['incentive_ratio'].iloc[0]:g}")
     figure, axes = grid(title, math.ceil(len(thresholds) / columns), columns, 3.3, 3.2, sharey=True)
     for place, ax in enumerate(axes.flat):
         if place < len(thresholds):
-            part = rates[rates["threshold"] == thresholds[place]]
+            part = table[table["threshold"] == thresholds[place]]
             label = "collusion rate (%)" if place % columns == 0 else ""
             plots.round_curves(ax, part, title=f"k = {thresholds[place]}", label=label)
         else:
@@ -125,19 +122,18 @@ def collusion(decisions: pd.DataFrame) -> Figure:
 
 
 @figure_of("collusion", tipping.recollusion_table)
-def recollusion(decisions: pd.DataFrame) -> Figure | None:
+def recollusion(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     """Figure 4: P(collude in round 2 | round 1 succeeded) by threshold and incentive.
 
     None without a round 2.
     """
-    cells = tipping.recollusion_table(decisions)
-    arms = arms_of(cells)
+    arms = arms_of(table)
     if not arms:
         return None
     title = about(decisions, "P(collude in round 2 | success in round 1)")
-    figure, axes = grid(title, 1, len(arms), *_cell_size(cells))
+    figure, axes = grid(title, 1, len(arms), *_cell_size(table))
     for ax, arm in zip(axes[0], arms, strict=True):
-        plots.heatmap(ax, cells[cells["arm"] == arm], title=plots.NAMES[arm], colour_bar=arm == arms[-1])
+        plots.heatmap(ax, table[table["arm"] == arm], title=plots.NAMES[arm], colour_bar=arm == arms[-1])
     return figure
 
 
@@ -146,14 +142,13 @@ def _by_setting(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 @figure_of("collusion", _by_setting)
-def collusion_grid(decisions: pd.DataFrame) -> Figure:
+def collusion_grid(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """Figure 6: collusion rate by threshold and incentive, a row an arm, a column a round."""
-    cells = _by_setting(decisions)
-    arms, rounds = arms_of(cells), sorted(cells["round"].unique())
-    figure, axes = grid(about(decisions, "Collusion rate"), len(arms), len(rounds), *_cell_size(cells))
+    arms, rounds = arms_of(table), sorted(table["round"].unique())
+    figure, axes = grid(about(decisions, "Collusion rate"), len(arms), len(rounds), *_cell_size(table))
     for row, arm in zip(axes, arms, strict=True):
         for ax, number in zip(row, rounds, strict=True):
-            part = cells[(cells["arm"] == arm) & (cells["round"] == number)]
+            part = table[(table["arm"] == arm) & (table["round"] == number)]
             if len(part):
                 title = f"{plots.NAMES[arm]}, round {number}"
                 plots.heatmap(ax, part, title=title, colour_bar=number == rounds[-1])
@@ -174,16 +169,15 @@ def _case(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 @figure_of("collusion", _case)
-def case_study(decisions: pd.DataFrame) -> Figure | None:
+def case_study(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     """Figure 5: one episode, agent by agent, the one whose collusion rose most.
 
     Where agents wrote freely it shows the ends of what `SPEAKERS` of them said (``words``), else all choices.
     None where its game was not played.
     """
-    case = _case(decisions)
-    if case.empty:
+    if table.empty:
         return None
-    first, spoken = case.iloc[0], case["words"].notna().any()
+    case, first, spoken = table, table.iloc[0], table["words"].notna().any()
     if spoken:
         case = case[case["agent"].isin(sorted(case["agent"].unique())[:SPEAKERS])]
     rounds, agents = case["round"].nunique(), case["agent"].nunique()

@@ -41,13 +41,12 @@ def draw(decisions: pd.DataFrame, name: str, folder: str | Path) -> list[str]:
     if name not in ALL_CONDITIONS:
         decisions = stats.standard(decisions)
     for model, rows in decisions.groupby("model", observed=True):
-        figure = FIGURES[name](rows)
+        table = TABLES[name](rows)
+        figure = FIGURES[name](rows, table)
         if figure is not None:
             stem = f"{name}_{as_folder(model)}"
             drawn += plots.save(figure, folder, stem, f"{description(name)} Model: {model}.")
-            files.write_text(
-                resolve(folder) / f"{stem}.csv", TABLES[name](rows).to_csv(index=False, float_format="%.6g")
-            )
+            files.write_text(resolve(folder) / f"{stem}.csv", table.to_csv(index=False, float_format="%.6g"))
     return drawn
 
 

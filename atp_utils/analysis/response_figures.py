@@ -16,9 +16,8 @@ SIZES = (8, 100, 10_000, 1_000_000)
 
 
 @figure_of("role_play", verdicts.conditions, all_conditions=True)
-def conditions(decisions: pd.DataFrame) -> Figure | None:
+def conditions(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     """Change of P(deviate) from the first round to the last, a line a condition and a panel an arm."""
-    table = verdicts.conditions(decisions)
     table = table[table["drift"].notna()]
     arms = arms_of(table)
     if not arms:
@@ -44,9 +43,8 @@ def _survivors(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 @figure_of("role_play", _survivors, all_conditions=True)
-def survival(decisions: pd.DataFrame) -> Figure | None:
+def survival(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     """Share of the agents that complied in round 1 and never deviated since, by condition, a panel an arm."""
-    table = _survivors(decisions)
     arms = arms_of(table)
     if not arms or table["round"].nunique() < 2:
         return None
@@ -69,13 +67,11 @@ def _by_dose(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 @figure_of("role_play", _by_dose, all_conditions=True)
-def dose(decisions: pd.DataFrame) -> Figure | None:
+def dose(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     """P(deviate) against deviations in a written history, a line a payoff ratio, a panel an arm; 95 % intervals."""
-    rows = dose_response.written(decisions)
-    arms = arms_of(rows)
+    rows, arms = dose_response.written(decisions), arms_of(table)
     if not arms:
         return None
-    table = _by_dose(rows)
     most = int(table["past_deviant"].max())
     figure, axes = grid(about(rows, "Dose and response"), 1, len(arms), 4.6, 3.9, sharey=True)
     for ax, arm in zip(axes[0], arms, strict=True):
@@ -115,12 +111,11 @@ def _responses(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 @figure_of("collusion", _responses, all_conditions=True)
-def response(decisions: pd.DataFrame) -> Figure | None:
+def response(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     """P(collude) by how many others did, for agents that had colluded or not; the map of shares and its fixed points.
 
     A row an arm, a column a threshold, at the incentive ratio nearest to 1.
     """
-    table = _responses(decisions)
     arms, thresholds = arms_of(table), sorted(table["threshold"].unique())
     if not arms:
         return None
@@ -162,16 +157,15 @@ def _played(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 @figure_of("collusion", _played, all_conditions=True)
-def chain(decisions: pd.DataFrame) -> Figure | None:
+def chain(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     """The Markov chain's prediction of each round (line) beside the rounds that were played (points, 95 %)."""
-    beside = _played(decisions)
-    arms, thresholds = arms_of(beside), sorted(beside["threshold"].unique())
+    arms, thresholds = arms_of(table), sorted(table["threshold"].unique())
     if not arms:
         return None
     figure, axes = grid(about(decisions, "Played and predicted"), 1, len(thresholds), 3.4, 3.2, sharey=True)
     for ax, threshold in zip(axes[0], thresholds, strict=True):
         for place, arm in enumerate(arms):
-            rows = beside[(beside["threshold"] == threshold) & (beside["arm"] == arm)]
+            rows = table[(table["threshold"] == threshold) & (table["arm"] == arm)]
             colour, marker = plots.STYLES[arm]
             x = rows["round"].astype(float) + 0.06 * (place - (len(arms) - 1) / 2)
             ax.plot(x, 100 * rows["predicted"], color=colour, label=f"{plots.NAMES[arm]}, predicted")
@@ -179,7 +173,7 @@ def chain(decisions: pd.DataFrame) -> Figure | None:
             ax.plot(
                 x, 100 * rows["played"], color=colour, marker=marker, linestyle="", label=f"{plots.NAMES[arm]}, played"
             )
-        ax.set(title=f"k = {threshold}", xlabel="round", ylim=(-3, 103), xticks=sorted(beside["round"].unique()))
+        ax.set(title=f"k = {threshold}", xlabel="round", ylim=(-3, 103), xticks=sorted(table["round"].unique()))
     axes[0, 0].set_ylabel("collusion, %")
     axes[0, -1].legend(loc="best", frameon=True, fontsize="small")
     return figure
@@ -206,12 +200,11 @@ def _ends(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 @figure_of("collusion", _ends, all_conditions=True)
-def group_size(decisions: pd.DataFrame) -> Figure | None:
+def group_size(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     """Where groups of 8 to a million agents end, against the share that they begin with; a panel an arm.
 
     At the lowest threshold that was measured. Agents are taken to see shares as those of the measured group did.
     """
-    table = _ends(decisions)
     arms = arms_of(table)
     if not arms:
         return None
