@@ -11,16 +11,14 @@ import json
 import runpy
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pandas as pd
 
 from atp_utils import parameters, resolve, shown
-from atp_utils.evolution import decisions, journal, protocol
-from atp_utils.evolution.loop import Episode
+from atp_utils.evolution import decisions, journal, loop
 from atp_utils.evolution.requests import Reply, Request
 from atp_utils.parameters import EVOLVE
 from atp_utils.scenarios.registry import SCENARIOS
@@ -33,7 +31,10 @@ Parser = Callable[[str, Sequence[str]], str | None]
 
 @dataclass
 class Replay:
-    """A ``record`` that answers what was asked then; ``strange`` replies, digest -> key, were given to other chats."""
+    """A ``record`` as the loop's journal, which holds an answer to everything, so that no engine is asked.
+
+    ``strange`` replies, digest -> key, were given to other chats.
+    """
 
     record: journal.Record
     identity: str
@@ -46,22 +47,16 @@ class Replay:
         """What a tool printed then, as `Journal.result`; raises KeyError for code that didn't run."""
         return self.record.results[journal.address(kind, asked)]
 
-    def answer(self, request: Request) -> Reply:
+    def find(self, request: Request, identity: str) -> Reply:
         """The reply to this chat, else that of the same decision behind another history, else an unreadable one."""
-        reply = self.record.replies.get(request.digest(self.identity))
+        reply = self.record.replies.get(request.digest(identity))
         if reply is None:
             reply = self.by_key.get(request.key, Reply(""))
             self.strange[reply.digest] = request.key
         return reply
 
-    def play(self, episode: Episode) -> list[decisions.Decision]:
-        """The decisions of an episode."""
-        asked = next(episode)
-        while True:
-            try:
-                asked = episode.send([self.answer(request) for request in asked])
-            except StopIteration as stop:
-                return stop.value
+    def sync(self) -> None:
+        """Nothing is written."""
 
 
 def rescore(run: Path, parser: Parser | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -75,12 +70,9 @@ def rescore(run: Path, parser: Parser | None = None) -> tuple[pd.DataFrame, pd.D
     [name] = before["scenario"].unique()
     given = parameters.check(EVOLVE[name], facts["settings"] | {"data": str(_data(run, name, facts["settings"]))})
     replay = Replay(journal.record_of(run), facts["identity"])
-    scenario, ways = SCENARIOS[name], given.protocol_of()
-    with (
-        patch.object(protocol, "parse_choice", parser or protocol.parse_choice),
-        scenario.episodes(scenario.test_items(given), given, ways, replay) as (episodes, _),
-    ):
-        rows = [row for episode in episodes for row in replay.play(episode)]
+    scenario, ways = SCENARIOS[name], replace(given.protocol_of(), **({"parse": parser} if parser else {}))
+    with scenario.episodes(scenario.test_items(given), given, ways, replay) as (episodes, _):
+        rows = loop.run(episodes, replay, replay)
     if replay.strange and parser is None:
         raise ValueError(
             f"{shown(run)}: {len(replay.strange)} chats, such as {min(replay.strange.values())}, aren't in the record: "

@@ -23,7 +23,7 @@ FAULTS = ("unreadable", "cut", "context")
 
 @dataclass(frozen=True)
 class Protocol:
-    """Protocol ``name``, the attempts before a ``reason`` decision is invalid, and how text is sampled.
+    """Protocol ``name``, the attempts before a ``reason`` decision is invalid, how text is sampled and its choice read.
 
     ``keep_thinking``: whether an agent finds the thinking of its earlier replies in its chat; by default only the
     answers. ``opened``: whether scored answers count as opened for the model: what all options begin with is given.
@@ -34,6 +34,7 @@ class Protocol:
     sampling: Sampling = field(default_factory=Sampling)
     keep_thinking: bool = False
     opened: bool = True
+    parse: Callable[[str, Sequence[str]], str | None] = parse_choice
 
     def __post_init__(self):
         if self.name not in get_args(Name):
@@ -218,7 +219,7 @@ def _tokens(replies: Sequence[Reply]) -> dict[str, int]:
 
 
 def _written(question: Question, reply: Reply, protocol: Protocol, before: Choice | None) -> Choice:
-    option = parse_choice(reply.text, question.options)
+    option = protocol.parse(reply.text, question.options)
     thinking, said = split_thinking(reply.text)
     before = before or Choice(option=None, options=question.options, attempts=0)
     return replace(
