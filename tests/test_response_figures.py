@@ -65,8 +65,9 @@ def test_a_figure_that_wants_all_conditions_gets_them(record, tmp_path):
 
 
 def test_a_report_begins_with_the_verdicts(record):
-    titles = [title for title, _ in report.parts(record)]
+    found = {f"{scenario}: {title}" if scenario else title: table for scenario, title, table in report.parts(record)}
+    titles = list(found)
     assert titles[0] == report.PRIMARY and {f"role_play: {report.SLOPES}", f"collusion: {report.MASS}"} <= set(titles)
-    table = dict(report.parts(record))[report.PRIMARY]
+    table = found[report.PRIMARY]
     assert table.loc[("role_play", "scripted", "grpo"), "verdict"] == "no tipping"
     assert table.loc[("collusion", "scripted", "base"), "verdict"] == "no control"

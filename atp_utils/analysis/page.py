@@ -53,12 +53,10 @@ def page(results: Path) -> str:
 def _sections(decisions: pd.DataFrame) -> Iterator[dict[str, Any]]:
     yield _section("What was asked, and what came out", ASKED, [("", tables.answers(decisions))])
     yield _section("The paper's tables and figures", SCORED, [("", scoreboard.shown(decisions))])
-    parts = list(report.parts(decisions))
-    yield _section(report.PRIMARY.partition(":")[0], "", parts[:1])
+    (_, *primary), *parts = report.parts(decisions)
+    yield _section(report.PRIMARY.partition(":")[0], "", [primary])
     for scenario, rows in decisions.groupby("scenario", sort=False, observed=True):
-        own = [
-            (title.removeprefix(f"{scenario}: "), table) for title, table in parts if title.startswith(f"{scenario}: ")
-        ]
+        own = [part for of, *part in parts if of == scenario]
         yield _section(scenario.replace("_", "-").capitalize(), "", own, list(_figures(rows, scenario)))
 
 

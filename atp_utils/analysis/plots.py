@@ -2,7 +2,6 @@
 
 import math
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +113,8 @@ def heatmap(ax: Axes, cells: pd.DataFrame, *, title: str, colour_bar: bool = Fal
 
 def trace(ax: Axes, decisions: pd.DataFrame, *, title: str) -> Axes:
     """One collusion episode: agents down, rounds across; filled where the agent colluded, with choice and capital."""
-    _episode(ax, decisions, title)
-    for across, down, row in _placed(decisions):
+    for across, down, row, colour in _episode(ax, decisions, title):
         text = f"{row.choice if row.valid else 'invalid'}\n{row.capital:.3g}"
-        colour = "white" if row.valid and row.deviated else "0.2"
         ax.text(across + 0.5, down + 0.5, text, ha="center", va="center", size=8, color=colour)
     return ax
 
@@ -127,27 +124,23 @@ def spoken(ax: Axes, decisions: pd.DataFrame, *, title: str, characters: int, li
 
     Filled where the agent colluded. A line has so many ``characters``, a cell so many ``lines``.
     """
-    _episode(ax, decisions, title)
-    for across, down, row in _placed(decisions):
+    for across, down, row, colour in _episode(ax, decisions, title):
         said = "invalid" if pd.isna(row.words) else " ".join(row.words.split())
         kept = textwrap.wrap(said, characters)
         shown = "\n".join(kept if len(kept) <= lines else ["... " + kept[-lines], *kept[1 - lines :]])
-        colour = "white" if row.valid and row.deviated else "0.2"
         ax.text(across + 0.03, down + 0.5, shown, va="center", size=7, color=colour, parse_math=False)
     return ax
 
 
-def _placed(decisions: pd.DataFrame) -> Iterator[tuple[int, int, Any]]:
+def _episode(ax: Axes, decisions: pd.DataFrame, title: str) -> list[tuple[int, int, Any, str]]:
+    """Cells of an episode, agents down and rounds across; returns (across, down, decision, colour of text) of each."""
     rounds, agents = sorted(decisions["round"].unique()), sorted(decisions["agent"].unique())
+    cells = []
     for row in decisions.itertuples():
-        yield rounds.index(row.round), agents.index(row.agent), row
-
-
-def _episode(ax: Axes, decisions: pd.DataFrame, title: str) -> None:
-    rounds, agents = sorted(decisions["round"].unique()), sorted(decisions["agent"].unique())
-    for across, down, row in _placed(decisions):
-        colour = "#D55E00" if row.valid and row.deviated else "white"
-        ax.add_patch(Rectangle((across, down), 1, 1, facecolor=colour, edgecolor="0.5"))
+        filled, text = ("#D55E00", "white") if row.valid and row.deviated else ("white", "0.2")
+        across, down = rounds.index(row.round), agents.index(row.agent)
+        ax.add_patch(Rectangle((across, down), 1, 1, facecolor=filled, edgecolor="0.5"))
+        cells.append((across, down, row, text))
     met = decisions.groupby("round")["succeeded"].first()
     ax.set(title=title, xlim=(0, len(rounds)), ylim=(len(agents), 0), ylabel="agent")
     ax.set_xticks(
@@ -155,3 +148,4 @@ def _episode(ax: Axes, decisions: pd.DataFrame, title: str) -> None:
     )
     ax.set_yticks([i + 0.5 for i in range(len(agents))], agents)
     ax.grid(False)
+    return cells

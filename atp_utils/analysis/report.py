@@ -38,21 +38,21 @@ TABLES: dict[str, Tables] = {
 }
 
 
-def parts(decisions: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Titles and tables of all that a run holds: the primary contrast first."""
-    yield PRIMARY, tables.contrast(decisions)
+def parts(decisions: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Scenario, title and table of all that a run holds: the primary contrast first, of scenario ""."""
+    yield "", PRIMARY, tables.contrast(decisions)
     for name, rows in decisions.groupby("scenario", sort=False):
         own = stats.standard(rows)
         for title, tabled in TABLES.get(name, TABLES[""]) if len(own) else ():
-            yield f"{name}: {title}", tabled(own)
+            yield name, title, tabled(own)
         if own["p_first"].notna().any():
-            yield f"{name}: {PLACES}", positions.position_table(own)
+            yield name, PLACES, positions.position_table(own)
         if stats.lived(rows)["condition"].nunique() > 1:
-            yield f"{name}: {CONDITIONS}", tables.conditions(rows)
+            yield name, CONDITIONS, tables.conditions(rows)
     if len(doses := dose_response.written(decisions)):
-        yield f"role_play: {SLOPES}", tables.slopes(doses)
+        yield "role_play", SLOPES, tables.slopes(doses)
     if len(written := dose_response.written(decisions, "collusion")):
-        yield f"collusion: {MASS}", tables.dynamics(written)
+        yield "collusion", MASS, tables.dynamics(written)
 
 
 def report(run: Path) -> str:
@@ -61,8 +61,8 @@ def report(run: Path) -> str:
     lines = []
     for name, rows in decisions.groupby("scenario", sort=False):
         lines += [f"{name}: {warning}"] if (warning := stats.low_mass(rows)) else []
-    for title, table in parts(decisions):
-        lines += [title, table.to_string()]
+    for scenario, title, table in parts(decisions):
+        lines += [f"{scenario}: {title}" if scenario else title, table.to_string()]
     paths = sorted([*(run / "figures").glob("*.png"), *(run / "notebooks").glob("*.ipynb")])
     return "\n".join([*lines, "Figures and executed notebooks:", *(f"  {shown(path)}" for path in paths)])
 

@@ -84,9 +84,8 @@ def scores(decisions: pd.DataFrame) -> pd.DataFrame:
 def shown(decisions: pd.DataFrame) -> pd.DataFrame:
     """`scores` in percentage points: a row a claim, a column a model."""
     table = scores(decisions)
-    estimates = stats.cells(table, "estimate", "low", "high").where(table["n"] > 0, "")
     texts = table["paper"].map(lambda numbers: " and ".join(f"{100 * number:+.1f}" for number in numbers) or "drawn")
-    table = table.assign(paper=texts, cell=(estimates + " " + table["status"]).str.strip())
+    table = table.assign(paper=texts, cell=stats.judged(table, "status"))
     order = table[KEYS].drop_duplicates()
     wide = table.pivot(index=[*KEYS, "paper"], columns="model", values="cell").rename_axis(columns=None)
     return wide.reset_index("paper").loc[list(order.itertuples(index=False, name=None))]

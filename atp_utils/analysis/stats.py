@@ -230,6 +230,11 @@ def cells(table: pd.DataFrame, *columns: str, shown: Callable[..., str] = percen
     return pd.Series([shown(*row) for row in rows], table.index)
 
 
+def judged(table: pd.DataFrame, word: str) -> pd.Series:
+    """Each row's estimate, low and high in percent and the ``word`` that follows; the word alone where n is 0."""
+    return (cells(table, "estimate", "low", "high").where(table["n"] > 0, "") + " " + table[word]).str.strip()
+
+
 def by_round(table: pd.DataFrame, index: Sequence[str], values: str = "cell") -> pd.DataFrame:
     """One row an ``index``, one column ``r=N`` a round in the rounds' order; an en dash where a round has no value."""
     wide = table.pivot(index=list(index), columns="round", values=values)

@@ -38,10 +38,8 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
 def answers(decisions: pd.DataFrame) -> pd.DataFrame:
     """`study.answers` in percentage points: a row a question and scenario, a column a model and arm."""
     table = study.answers(decisions)
-    estimates = stats.cells(table, "estimate", "low", "high").where(table["n"] > 0, "")
-    cells = (estimates + " " + table["verdict"]).str.strip()
     texts = table["question"].map(lambda name: study.QUESTIONS[name][0])
-    rows = table.assign(cell=cells, question=texts).pivot(
+    rows = table.assign(cell=stats.judged(table, "verdict"), question=texts).pivot(
         index=["question", "scenario", "about"], columns=["model", "arm"], values="cell"
     )
     order = {text: place for place, (text, *_) in enumerate(study.QUESTIONS.values())}
