@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pandas as pd
@@ -35,3 +36,16 @@ def test_a_report_on_one_arm_of_one_scenario(tmp_path):
     assert "smollm2-135m base" in text and "smollm2-135m dpo" in text and "tool_use" not in text
     assert text.startswith(report.PRIMARY) and "no control" in text
     assert "P(deviate), deviant option first" in text
+
+
+def test_costs_say_which_runs_tell_no_time(tmp_path):
+    parts = {"standard/base": 90, "standard/dpo-0": 30, "caught/base": None}
+    for name, seconds in parts.items():
+        run = tmp_path / "quick/evolution/role_play/m" / name
+        run.mkdir(parents=True)
+        pd.DataFrame({"x": [1]}).to_parquet(run / "decisions.parquet")
+        facts = {"settings": {"model": "m"}, "counts": {"decisions": 10}} | ({"seconds": seconds} if seconds else {})
+        (run / "manifest.json").write_text(json.dumps(facts))
+    [(key, row)] = report.costs(tmp_path).iterrows()
+    assert key == ("`make reproduce PROFILE=quick MODEL=m`", "role_play")
+    assert row.tolist() == [3, 30, 2, 2.0]

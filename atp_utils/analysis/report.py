@@ -1,6 +1,7 @@
 """``python -m atp_utils.analysis.report RUN``: the tables of a run and where its figures and notebooks are."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 from atp_utils import resolve, shown
 from atp_utils.analysis import dose_response, positions, scoreboard, stats, tables, tool_use_tables
 from atp_utils.evolution import journal
+from atp_utils.support.manifest import MANIFEST
 
 Tables = tuple[tuple[str, Callable[[pd.DataFrame], pd.DataFrame]], ...]
 
@@ -67,6 +69,22 @@ def report(run: Path) -> str:
     return "\n".join([*lines, "Figures and executed notebooks:", *(f"  {shown(path)}" for path in paths)])
 
 
+def costs(results: Path) -> pd.DataFrame:
+    """What made the published runs: a row a command and scenario; runs, decisions, and minutes of those that tell them.
+
+    ``results`` has a folder a profile, as `runs.publish` writes them.
+    """
+    rows = []
+    for run in journal.complete_runs(results):
+        facts = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
+        profile, _, scenario = run.relative_to(results).parts[:3]
+        command = f"`make reproduce PROFILE={profile} MODEL={facts['settings']['model']}`"
+        rows.append((command, scenario, facts["counts"]["decisions"], facts.get("seconds", float("nan"))))
+    table = pd.DataFrame(rows, columns=["command", "scenario", "decisions", "seconds"]).groupby(["command", "scenario"])
+    made = table.agg(runs=("seconds", "size"), decisions=("decisions", "sum"), timed=("seconds", "count"))
+    return made.assign(minutes=table["seconds"].sum().div(60).round(1).where(made["timed"] > 0))
+
+
 def readme_tables(results: Path) -> dict[str, str]:
     """The README's result tables in Markdown by name, from a results folder; a test holds the README against them."""
     decisions = journal.read_decisions(results)
@@ -84,6 +102,7 @@ def readme_tables(results: Path) -> dict[str, str]:
         "critical mass": (answers, tables.dynamics),
     }
     ours = {name: tabled(rows) for name, (rows, tabled) in made.items() if len(rows)}
+    ours["costs"] = costs(results).astype(object).fillna("–")
     return {name: table.reset_index().to_markdown(index=False, disable_numparse=True) for name, table in ours.items()}
 
 

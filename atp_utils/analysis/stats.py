@@ -231,8 +231,9 @@ def cells(table: pd.DataFrame, *columns: str, shown: Callable[..., str] = percen
 
 
 def judged(table: pd.DataFrame, word: str) -> pd.Series:
-    """Each row's estimate, low and high in percent and the ``word`` that follows; the word alone where n is 0."""
-    return (cells(table, "estimate", "low", "high").where(table["n"] > 0, "") + " " + table[word]).str.strip()
+    """Each row's estimate, low and high in percent, its units, and the ``word`` that follows, alone where n is 0."""
+    texts = cells(table, "estimate", "low", "high") + " n=" + table["n"].astype(str) + " "
+    return texts.where(table["n"] > 0, "") + table[word]
 
 
 def by_round(table: pd.DataFrame, index: Sequence[str], values: str = "cell") -> pd.DataFrame:
