@@ -27,6 +27,11 @@ def climbing(arm="base"):
     ]
 
 
+def test_a_figure_without_a_reading_of_its_own_is_read_by_its_rounds(monkeypatch):
+    monkeypatch.delitem(reading.READINGS, "role_play_environments")
+    assert "+25.0 points [4.5, 45.5], above 0" in reading.read(lived(climbing()), "role_play_environments")
+
+
 def sentences(figure, table, decisions=None):
     return list(reading.READINGS[figure](decisions, pd.DataFrame(table)))
 

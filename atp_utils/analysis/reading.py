@@ -30,13 +30,16 @@ def reading_of(figure: str) -> Callable[[Reads], Reads]:
 
 
 def read(decisions: pd.DataFrame, figure: str) -> str:
-    """What ``figure`` shows of ``decisions``, in Markdown: a list for every model that `gallery.draw` draws."""
-    parts = []
+    """What ``figure`` shows of ``decisions``, in Markdown: a list for every model that `gallery.draw` draws.
+
+    A figure without a reading of its own, such as an added scenario's, is read as `of_rounds`.
+    """
+    reads, parts = READINGS.get(figure, of_rounds), []
     for model, rows in drawn_by(figure, decisions).groupby("model", observed=True):
-        if lines := list(READINGS[figure](rows, TABLES[figure](rows))):
+        if lines := list(reads(rows, TABLES[figure](rows))):
             warning = stats.low_mass(rows)
             parts.append(_listed(f"**{model}**", lines + ([f"Careful, {warning}."] if warning else [])))
-    return "\n\n".join(parts) or NOTHING
+    return "\n\n".join(["**What we see.**", *parts]) if parts else NOTHING
 
 
 def answered(answers: pd.DataFrame, *questions: str, scenario: str = "") -> str:
