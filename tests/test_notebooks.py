@@ -70,6 +70,7 @@ def test_cells_are_short(path):
     code = [(source, cell) for kind, source, cell in cells_of(path) if kind == "code"]
     assert sum(is_parameters(cell) for _, cell in code) == 1
     assert all(len(source.splitlines()) <= 15 for source, cell in code if not is_parameters(cell))
+    assert not any(source.endswith(";") for source, _ in code), "nbval sees what a semicolon hides"
     after = [is_parameters(cell) for _, cell in code].index(True) + 1
     assert len(code[after][0].splitlines()) <= 8, "setup"
 
