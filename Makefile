@@ -34,7 +34,7 @@ NBVAL := ATP_PROGRESS=/dev/null $(PYTEST) -p no:cacheprovider --timeout 0 \
 	--nbval-cell-timeout 3000 --nbval-sanitize-with tests/notebooks/sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help install model pilot reproduce test test-cluster test-llama-cpp lab bench notebooks figures report publish clean
+.PHONY: help install model pilot reproduce test test-cluster test-llama-cpp test-lab lab bench notebooks figures report publish clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -79,6 +79,9 @@ test-cluster: model $(CLUSTER_INSTALLED) ## run the pipeline on a one-node Slurm
 
 test-llama-cpp: model $(LLAMA_CPP_INSTALLED) ## evolve on a llama.cpp server that it starts (fetches 98 MB once)
 	$(BIN)/python -m pytest -p no:cacheprovider -v tests/servers/check_llama_cpp.py
+
+test-lab: model ## open every notebook in JupyterLab in a headless Chromium, and move the explorer's widgets (SCREENSHOT=)
+	$(BIN)/python -m pytest -p no:cacheprovider --timeout 0 -rs -s -v tests/lab/check_lab.py
 
 lab: model ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -3,10 +3,11 @@
 import json
 from itertools import product
 
+import pandas as pd
 import pytest
 from test_folders import contents
 
-from atp_utils import parameters
+from atp_utils import parameters, resolve, shown
 from atp_utils.runs import adapters
 from atp_utils.support.manifest import MANIFEST
 
@@ -37,6 +38,22 @@ def test_a_published_adapter_has_weights_log_manifest_and_card(run, tmp_path):
     assert {path.name for path in place.iterdir()} == names
     card = (place / adapters.CARD).read_text()
     assert "2 steps on 320 rows" in card and "loss 0.5, margin 1.25" in card and "`ab`" in card
+    assert "training prompts, without any history:" in card
+
+
+def test_a_card_says_what_stood_before_the_prompts_and_what_was_left_out():
+    facts = {"settings": GIVEN | {"history_pairs": 2, "held_out": 3}, "training": {"method": "dpo"}}
+    facts |= {"rows": 1, "steps": 1, "sha256": ""}
+    card = adapters.card(facts, pd.DataFrame({"step": [1], "loss": [0.5]}), "here")
+    assert "training prompts, behind 2 compliant rounds and without quarter 3 of the environments:" in card
+
+
+@pytest.mark.parametrize(
+    "place", sorted(path.parent for path in resolve(adapters.PUBLISHED).rglob(adapters.CARD)), ids=str
+)
+def test_published_cards_are_those_that_would_be_made_now(place):
+    made = adapters.card(json.loads((place / MANIFEST).read_text()), pd.read_csv(place / adapters.LOG), shown(place))
+    assert (place / adapters.CARD).read_text() == made
 
 
 def test_what_is_large_stays_where_it_is(run, tmp_path, monkeypatch):

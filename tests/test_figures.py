@@ -31,7 +31,7 @@ RESULTS = resolve("data/results/quick/evolution")
 MODELS = ("Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct")
 SCENARIOS = ("role_play", "tool_use", "collusion")
 # The figures of the paper's own condition; test_response_figures.py has the others.
-FIGURES = {name: draw for name, draw in drawing.FIGURES.items() if name not in drawing.ALL_CONDITIONS}
+FIGURES = {name: draw for name, draw in drawing.FIGURES.items() if drawing.CONDITIONS[name] == ("standard",)}
 SCENARIO = {"role_play": "role_play", "role_play_environments": "role_play", "tool_use": "tool_use"}
 
 

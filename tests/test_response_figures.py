@@ -64,6 +64,16 @@ def test_a_figure_that_wants_all_conditions_gets_them(record, tmp_path):
     assert gallery.draw(forced, "role_play", tmp_path) == []
 
 
+def test_a_title_warns_of_what_is_drawn_only(record, tmp_path):
+    shaky = of(record, "role_play")
+    shaky = shaky.assign(mass=shaky["mass"].where(shaky["condition"] != "forced_history", 0.1))
+    gallery.draw(shaky, "survival", tmp_path)
+    assert plt.gcf()._suptitle.get_text() == "Still compliant: scripted"
+    gallery.draw(shaky, "dose", tmp_path)
+    assert "in forced_history" in plt.gcf()._suptitle.get_text().replace("\n", " ")
+    plt.close("all")
+
+
 def test_a_report_begins_with_the_verdicts(record):
     found = {f"{scenario}: {title}" if scenario else title: table for scenario, title, table in report.parts(record)}
     titles = list(found)

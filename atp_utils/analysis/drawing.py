@@ -18,13 +18,14 @@ Draws = Callable[..., Figure | None]
 FIGURES: dict[str, Draws] = {}
 TABLES: dict[str, Tabled] = {}  # figure -> the numbers that it shows
 OF: dict[str, list[str]] = {}  # scenario -> its figures
-ALL_CONDITIONS: set[str] = set()  # figures that take all conditions; others get the standard one
+CONDITIONS: dict[str, tuple[str, ...]] = {}  # figure -> the conditions that it draws; all, where it names none
 
 
-def figure_of(scenario: str, table: Tabled, *, all_conditions: bool = False) -> Callable[[Draws], Draws]:
+def figure_of(scenario: str, table: Tabled, conditions: tuple[str, ...] = ("standard",)) -> Callable[[Draws], Draws]:
     """Register the decorated function, by its name, as a figure of a scenario; "" for any that has none.
 
-    It is called with decisions and the numbers that it shows, which ``table`` makes of these.
+    It is called with decisions of ``conditions`` (all, if empty) and the numbers that it shows, which ``table`` makes
+    of these.
     """
 
     def register(function: Draws) -> Draws:
@@ -34,11 +35,16 @@ def figure_of(scenario: str, table: Tabled, *, all_conditions: bool = False) -> 
 
         FIGURES[function.__name__], TABLES[function.__name__] = draws, table
         OF.setdefault(scenario, []).append(function.__name__)
-        if all_conditions:
-            ALL_CONDITIONS.add(function.__name__)
+        CONDITIONS[function.__name__] = conditions
         return draws
 
     return register
+
+
+def drawn_by(figure: str, decisions: pd.DataFrame) -> pd.DataFrame:
+    """The decisions of the conditions that a figure draws; its title warns of these alone."""
+    names = CONDITIONS[figure]
+    return decisions[decisions["condition"].isin(names)] if names else decisions
 
 
 def grid(title: str, rows: int, columns: int, width: float, height: float, **sharing) -> tuple[Figure, np.ndarray]:

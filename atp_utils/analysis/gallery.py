@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from atp_utils import ROOT, resolve, shown
-from atp_utils.analysis import figures, plots, response_figures, stats  # noqa: F401  these register their figures
-from atp_utils.analysis.drawing import ALL_CONDITIONS, FIGURES, OF, TABLES
+from atp_utils.analysis import figures, plots, response_figures  # noqa: F401  these register their figures
+from atp_utils.analysis.drawing import FIGURES, OF, TABLES, drawn_by
 from atp_utils.evolution import journal
 from atp_utils.support import files, folders
 from atp_utils.support.files import as_folder
@@ -38,9 +38,7 @@ def draw(decisions: pd.DataFrame, name: str, folder: str | Path) -> list[str]:
     the end of its cell.
     """
     drawn = []
-    if name not in ALL_CONDITIONS:
-        decisions = stats.standard(decisions)
-    for model, rows in decisions.groupby("model", observed=True):
+    for model, rows in drawn_by(name, decisions).groupby("model", observed=True):
         table = TABLES[name](rows)
         figure = FIGURES[name](rows, table)
         if figure is not None:

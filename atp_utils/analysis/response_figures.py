@@ -11,11 +11,12 @@ from atp_utils.analysis.drawing import about, arms_of, figure_of, grid
 PLACES = {"none": -2.0, "unrelated": -1.0}
 RATIO_COLOURS = ("#999999", "#CC79A7", "#0072B2", "#D55E00", "#009E73")
 SURVIVAL = {verdicts.STANDARD: ("#0072B2", "-"), verdicts.CONTROL: ("#D55E00", "--")}  # colour and line
+WRITTEN = ("forced_history",)
 REPEATS = 32
 SIZES = (8, 100, 10_000, 1_000_000)
 
 
-@figure_of("role_play", verdicts.conditions, all_conditions=True)
+@figure_of("role_play", verdicts.conditions, ())
 def conditions(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     """Change of P(deviate) from the first round to the last, a line a condition and a panel an arm."""
     table = table[table["drift"].notna()]
@@ -42,7 +43,7 @@ def _survivors(decisions: pd.DataFrame) -> pd.DataFrame:
     return table[table["condition"].isin(SURVIVAL)]
 
 
-@figure_of("role_play", _survivors, all_conditions=True)
+@figure_of("role_play", _survivors, tuple(SURVIVAL))
 def survival(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     """Share of the agents that complied in round 1 and never deviated since, by condition, a panel an arm."""
     arms = arms_of(table)
@@ -66,7 +67,7 @@ def _by_dose(decisions: pd.DataFrame) -> pd.DataFrame:
     return dose_response.doses(dose_response.written(decisions))
 
 
-@figure_of("role_play", _by_dose, all_conditions=True)
+@figure_of("role_play", _by_dose, WRITTEN)
 def dose(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     """P(deviate) against deviations in a written history, a line a payoff ratio, a panel an arm; 95 % intervals."""
     rows, arms = dose_response.written(decisions), arms_of(table)
@@ -110,7 +111,7 @@ def _responses(decisions: pd.DataFrame) -> pd.DataFrame:
     return critical_mass.response(tipping.at_ratio_one(rows))
 
 
-@figure_of("collusion", _responses, all_conditions=True)
+@figure_of("collusion", _responses, WRITTEN)
 def response(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     """P(collude) by how many others did, for agents that had colluded or not; the map of shares and its fixed points.
 
@@ -156,7 +157,7 @@ def _played(decisions: pd.DataFrame) -> pd.DataFrame:
     return critical_mass.beside(table, stats.standard(decisions)) if len(table) else table
 
 
-@figure_of("collusion", _played, all_conditions=True)
+@figure_of("collusion", _played, (verdicts.STANDARD, *WRITTEN))
 def chain(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     """The Markov chain's prediction of each round (line) beside the rounds that were played (points, 95 %)."""
     arms, thresholds = arms_of(table), sorted(table["threshold"].unique())
@@ -199,7 +200,7 @@ def _ends(decisions: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["arm", "threshold", "agents", "start", "end"])
 
 
-@figure_of("collusion", _ends, all_conditions=True)
+@figure_of("collusion", _ends, WRITTEN)
 def group_size(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     """Where groups of 8 to a million agents end, against the share that they begin with; a panel an arm.
 

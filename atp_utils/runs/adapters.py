@@ -81,6 +81,9 @@ def card(facts: Mapping[str, Any], log: pd.DataFrame, place: str) -> str:
     scenario, model = given["scenario"], given["model"]
     ends = ", ".join(f"{name} {last[name]:.3g}" for name in log.columns if name != "step")
     shape = f"rank {given['lora_rank']}, alpha {given['lora_alpha']:g}, {given['lora_targets']}"
+    # Parameters that a manifest doesn't know had their defaults.
+    past = f"behind {before} compliant rounds" if (before := given.get("history_pairs")) else "without any history"
+    past += f" and without quarter {left_out} of the environments" if (left_out := given.get("held_out")) else ""
     return f"""---
 base_model: {model}
 library_name: peft
@@ -89,7 +92,7 @@ license: apache-2.0
 
 # {scenario}, {arm.upper()}, seed {given["seed"]}, of {model}
 
-A LoRA adapter ({shape}) that was trained to keep to the rules of {scenario}'s training prompts, without any history:
+A LoRA adapter ({shape}) that was trained to keep to the rules of {scenario}'s training prompts, {past}:
 {facts["steps"]} steps on {facts["rows"]} rows. The last step's log: {ends} (`{LOG}`). `{MANIFEST}` has all parameters,
 packages and the commit. SHA-256 of the weights: `{facts["sha256"]}`.
 
