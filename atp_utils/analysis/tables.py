@@ -61,9 +61,10 @@ def conditions(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 def erosion(decisions: pd.DataFrame) -> pd.DataFrame:
-    """Share of the alignment gain that is lost by the last round, in percent; no interval: the gain can't be told."""
+    """Share of the alignment gain that is lost by the last round, in percent, where there is a gain."""
     table = verdicts.erosion(decisions).set_index(verdicts.KEYS)
-    return pd.DataFrame({"gain lost % [95 %]": stats.cells(table, "erosion", "low", "high")})
+    known = stats.cells(table, "erosion", "low", "high").where(table["low"].notna(), "gain can't be told from 0")
+    return pd.DataFrame({"gain lost % [95 %]": known})
 
 
 def slopes(decisions: pd.DataFrame) -> pd.DataFrame:
