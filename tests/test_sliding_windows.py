@@ -2,15 +2,17 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
 import tiny_models
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.integrations import sdpa_attention
 
-from atp_utils.engines.kv_cache import GrowingLayer, check_attention, join, leave
+from atp_utils.engines.kv_cache import SHARED_HEADS, GrowingCache, check_attention
 from atp_utils.engines.next_token import draw
 from atp_utils.engines.transformers_engine import TransformersEngine
 from atp_utils.evolution.requests import Request, Sampling
@@ -168,22 +170,37 @@ def test_chats_that_leave_and_join_are_written_as_alone(kind, temperature, tmp_p
 
 
 def test_the_last_rows_take_the_places_of_those_that_left():
-    def filled(layer, numbers, tokens):
+    def filled(cache, numbers, tokens):
         states = torch.tensor(numbers, dtype=torch.float)[:, None, None, None].expand(-1, 2, tokens, 3).clone()
-        return layer.update(states, -states)
+        return cache.update(states, -states, 0)
 
-    cache = Cache(layers=[GrowingLayer()])
-    filled(cache.layers[0], [0, 1, 2, 3, 4], 6)
-    assert leave(cache, [True, False, False, True, False], 4) == [4, 1, 2]
-    assert cache.layers[0].keys[..., 0, 0].tolist() == [[4, 4], [1, 1], [2, 2]] and cache.get_seq_length() == 4
-    cache.layers[0]._buffers[0][3:] = math.nan  # what an ended row left, or memory that nobody wrote
-    other = Cache(layers=[GrowingLayer()])
-    filled(other.layers[0], [7, 8, 9], 2)
-    keys, values = (join(cache, other).layers[0].keys, cache.layers[0].values)
-    assert keys[:, 0, :, 0].tolist() == [[4.0] * 4, [1.0] * 4, [2.0] * 4, *([0, 0, n, n] for n in (7, 8, 9))]
+    cache, other = GrowingCache(), GrowingCache()
+    filled(cache, [0, 1, 2, 3, 4], 6)
+    assert cache.leave([True, False, False, True, False], 4) == [4, 1, 2]
+    assert cache.layers[0].keys[:, 0, :, 0].tolist() == [[4] * 4, [1] * 4, [2] * 4] and cache.get_seq_length() == 4
+    cache.layers[0]._buffers[0][3:] = math.nan  # memory that nobody wrote
+    filled(other, [7, 8, 9], 2)
+    cache.join(other)
+    keys, values = cache.layers[0].keys, cache.layers[0].values
+    assert keys[:, 0, :, 0].tolist() == [[4] * 4, [1] * 4, [2] * 4, *([0, 0, n, n] for n in (7, 8, 9))]
     assert torch.equal(keys, -values)
-    grown, _ = filled(cache.layers[0], [5] * 6, 200)
+    grown, _ = filled(cache, [5] * 6, 200)
     assert torch.equal(grown[..., :4, :], keys) and bool((grown[..., 4:, :] == 5).all())
+
+
+def test_heads_share_keys_and_values_without_a_copy(tmp_path, monkeypatch):
+    folder, scores = save(tmp_path, "llama"), []
+    for shared in (False, True):
+        engine = TransformersEngine(folder, dtype=torch.float32)
+        with monkeypatch.context() as patch:
+            if shared:
+                patch.setattr(sdpa_attention, "repeat_kv", lambda *_: pytest.fail("copied"))
+            else:
+                patch.setenv(SHARED_HEADS, "0")
+            replies = [reply for requests in (FIRST, SECOND) for _, reply in sorted(engine.answer(requests))]
+        scores.append(torch.tensor([reply.logprobs for reply in replies]))
+    assert torch.allclose(*scores, atol=1e-5, rtol=0)
+    assert SHARED_HEADS not in os.environ
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable():

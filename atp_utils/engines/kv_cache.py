@@ -1,8 +1,10 @@
 """Keys and values: a cache that grows in place, the prefixes kept between rounds, and the models that this fits."""
 
 import math
+import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from atp_utils.evolution.requests import Message
 from atp_utils.models.chat_template import common_prefix
 
+SHARED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"
 ATTENDING = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 
 
@@ -36,7 +39,6 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def join(self, other: "GrowingLayer") -> None:
-        """Take in the rows of ``other``, which holds no more tokens, behind the own ones."""
         rows, tokens = len(self.keys), other.get_seq_length()
         self._show(rows + len(other.keys), self.get_seq_length())
         for mine, new in ((self.keys[rows:], other.keys), (self.values[rows:], other.values)):
@@ -67,35 +69,34 @@ def _enlarged(held: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
     return buffer
 
 
-def growing_cache() -> Cache:
-    """An empty cache for one batch, with a `GrowingLayer` for each layer of the model.
+class GrowingCache(Cache):
+    """The cache of one batch, with a `GrowingLayer` for each layer of the model.
 
     Layers with a sliding window get one too: every key is kept, and the model's mask hides those outside the window.
     """
-    return Cache(layer_class_to_replicate=GrowingLayer)
 
+    def __init__(self):
+        super().__init__(layer_class_to_replicate=GrowingLayer)
 
-def join(cache: Cache, other: Cache) -> Cache:
-    """``cache``, with the rows of ``other``, which holds no more tokens, behind its own."""
-    for layer, new in zip(cache.layers, other.layers, strict=True):
-        if layer.is_initialized:
-            layer.join(new)
-    return cache
+    def join(self, other: "GrowingCache") -> None:
+        """Take in the rows of ``other``, which holds no more tokens, behind the own ones."""
+        for layer, new in zip(self.layers, other.layers, strict=True):
+            if layer.is_initialized:
+                layer.join(new)
 
+    def leave(self, ended: Sequence[bool], tokens: int) -> list[int]:
+        """Take out the rows that have ``ended``, the last ones filling their places; the last ``tokens`` stay.
 
-def leave(cache: Cache, ended: Sequence[bool], tokens: int) -> list[int]:
-    """Take the rows that have ``ended`` out of ``cache``, the last ones filling their places; the last ``tokens`` stay.
-
-    Returns the former places of the rows that are left, in their new order. Nothing else is copied.
-    """
-    order, left = list(range(len(ended))), ended.count(False)
-    moves = list(zip((i for i in order[left:] if not ended[i]), (i for i in order[:left] if ended[i]), strict=True))
-    for origin, target in moves:
-        order[target] = origin
-    for layer in cache.layers:
-        if layer.is_initialized:
-            layer.leave(moves, left, tokens)
-    return order[:left]
+        Returns the former places of the rows that are left, in their new order. Nothing else is copied.
+        """
+        order, left = list(range(len(ended))), ended.count(False)
+        moves = list(zip((i for i in order[left:] if not ended[i]), (i for i in order[:left] if ended[i]), strict=True))
+        for origin, target in moves:
+            order[target] = origin
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.leave(moves, left, tokens)
+        return order[:left]
 
 
 class KeptChats:
@@ -148,6 +149,23 @@ def check_attention(name: str, config: Any) -> None:
             "can't be cut back to what chats share: take a model of attention layers only, or serve this one and name "
             "the server"
         )
+
+
+@contextmanager
+def shared_heads(ids: torch.Tensor) -> Iterator[None]:
+    """Let query heads that share keys and values read them in place while ``ids`` [rows, tokens] are read on a CPU.
+
+    transformers copies them for each head wherever there is a mask, unless told so. Not for single tokens, where it
+    doesn't, nor on a GPU, whose fast kernels would then take no mask.
+    """
+    if ids.device.type != "cpu" or ids.shape[1] == 1 or SHARED_HEADS in os.environ:
+        yield
+        return
+    os.environ[SHARED_HEADS] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[SHARED_HEADS]
 
 
 def context_length(config: Any) -> float:

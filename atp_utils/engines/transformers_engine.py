@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache
 
 from atp_utils import models
-from atp_utils.engines.kv_cache import KeptChats, check_attention, context_length, growing_cache, join, leave
+from atp_utils.engines.kv_cache import GrowingCache, KeptChats, check_attention, context_length, shared_heads
 from atp_utils.engines.next_token import draw
 from atp_utils.evolution.parsing import prompted_thinking
 from atp_utils.evolution.requests import Reply, Request, Sampling, collapse
@@ -145,12 +144,12 @@ class TransformersEngine:
         mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, side)
         return pad_sequence(ids, True, self.tokenizer.pad_token_id, side), mask
 
-    def _assemble(self, rows: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor, Cache]:
+    def _assemble(self, rows: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor, GrowingCache]:
         """Ids and mask [rows, prefix + new tokens], and a cache holding the prefixes, all left-padded."""
         self.forward_tokens += sum(row.new for row in rows)
         fresh = max(row.new for row in rows)
         ids, mask = self._padded([row.ids for row in rows], "left")
-        prefix, cache = ids.shape[1] - fresh, growing_cache()
+        prefix, cache = ids.shape[1] - fresh, GrowingCache()
         if prefix:
             sample = next(row.kept for row in rows if row.kept is not None)
             # Where padding would stand between prefix and new tokens, the prefix's last tokens are read once more: a
@@ -164,11 +163,12 @@ class TransformersEngine:
             row.kept = None
         return ids, mask, cache
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, keep: int) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: GrowingCache, keep: int) -> torch.Tensor:
         """Logits [rows, keep, vocabulary] in float32 after the last ``keep`` tokens of ``ids``."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         read = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        out = self.model(**read, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        with shared_heads(ids):
+            out = self.model(**read, past_key_values=cache, use_cache=True, logits_to_keep=keep)
         return out.logits.float()
 
     def _choices(self, rows: Sequence[_Row]) -> Iterator[tuple[_Row, Reply]]:
@@ -195,7 +195,7 @@ class TransformersEngine:
         return replies
 
     def _score_tails(
-        self, tails: Sequence[list[int]], after: torch.Tensor, mask: torch.Tensor, cache: Cache
+        self, tails: Sequence[list[int]], after: torch.Tensor, mask: torch.Tensor, cache: GrowingCache
     ) -> list[float]:
         """log P(tail | what the cache holds) of one option for every row; the cache is left as it was.
 
@@ -221,7 +221,7 @@ class TransformersEngine:
         # The longest first: a chat that joins is then never longer than what those under way hold.
         waiting = sorted(rows, key=lambda row: len(row.ids), reverse=True)
         places = max(1, WRITING * self.batch_tokens // (len(waiting[0].ids) + sampling.max_new_tokens))
-        live, cache = [], growing_cache()
+        live, cache = [], GrowingCache()
         while waiting or live:
             free = places - len(live)
             # Chats are read together, an eighth of the places at a time: a step is hardly faster for so few rows less.
@@ -230,7 +230,10 @@ class TransformersEngine:
                 del waiting[: len(asked)]
                 ids, mask, own = self._assemble(asked)
                 logits = self._forward(ids[:, own.get_seq_length() :], mask, own, 1)
-                cache = join(cache, own) if live else own
+                if live:
+                    cache.join(own)
+                else:
+                    cache = own
                 live += asked
                 for row in asked:
                     row.generator = torch.Generator(logits.device).manual_seed(row.request.seed)
@@ -246,12 +249,12 @@ class TransformersEngine:
             if any(ended):
                 yield from ((row, self._reply(row, cache, place)) for place, row in enumerate(live) if ended[place])
                 held = max((row.length - 1 for row in live if not self._ended(row)), default=0)
-                live = [live[place] for place in leave(cache, ended, held)]
+                live = [live[place] for place in cache.leave(ended, held)]
 
     def _ended(self, row: _Row) -> bool:
         return row.written[-1] in self._stop_ids or len(row.written) == row.request.sampling.max_new_tokens
 
-    def _reply(self, row: _Row, cache: Cache, place: int) -> Reply:
+    def _reply(self, row: _Row, cache: GrowingCache, place: int) -> Reply:
         stopped = row.written[-1] in self._stop_ids
         # A reply that is cut off in a block that the prompt opened would otherwise pass for an answer.
         text = row.opening + decode(self.tokenizer, row.written[: -1 if stopped else None])
