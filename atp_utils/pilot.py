@@ -3,7 +3,7 @@
 Every kind of job (an evolution or a training of a scenario and model) is run on this machine with the profile's own
 parameters but for its size: a scenario's ``pilot`` parameters, two items and two steps. Seconds a decision, or a step,
 times their number in the whole profile give the hours. Larger batches take less time a decision, long histories more,
-and a longest reply holds up its batch: expect a factor of two either way.
+and a longest reply holds up its round: expect a factor of two either way.
 """
 
 import argparse

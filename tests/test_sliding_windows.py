@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,10 @@ import tiny_models
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.integrations import sdpa_attention
 
-from atp_utils.engines.kv_cache import check_attention
+from atp_utils.engines.kv_cache import SHARED_HEADS, GrowingCache, check_attention
+from atp_utils.engines.next_token import draw
 from atp_utils.engines.transformers_engine import TransformersEngine
 from atp_utils.evolution.requests import Request, Sampling
 from atp_utils.models.chat_template import render, tokenised
@@ -114,11 +117,102 @@ def test_later_rounds_are_written_as_by_a_plain_pass(kind, tmp_path):
     for index, request in enumerate(greedy):
         ids = engine.tokenizer(render(engine.tokenizer, request.messages, True), add_special_tokens=False)["input_ids"]
         new = []
-        while len(new) < 8 and not set(new) & set(engine._stop_ids()):
+        while len(new) < 8 and not set(new) & set(engine._stop_ids):
             with torch.inference_mode():
                 new.append(int(engine.model(torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax()))
         assert replies[index].text == engine.tokenizer.decode(new, skip_special_tokens=True)
         assert replies[index].completion_tokens == len(new)
+
+
+@torch.inference_mode()
+def plainly_written(engine, request):
+    """Token by token, one chat alone, the whole of it read anew for each token."""
+    text = render(engine.tokenizer, request.messages, True)
+    ids, new = engine.tokenizer(text, add_special_tokens=False)["input_ids"], []
+    generator = torch.Generator().manual_seed(request.seed)
+    while len(new) < request.sampling.max_new_tokens and not set(new) & engine._stop_ids:
+        logits = engine.model(torch.tensor([ids + new]), use_cache=False).logits[:, -1].float()
+        new += draw(logits, request.sampling, [generator])
+    stopped = new[-1] in engine._stop_ids
+    text = engine.tokenizer.decode(new[:-1] if stopped else new, skip_special_tokens=True)
+    return text, len(new), "stop" if stopped else "length"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text", "deepseek_v3"])
+def test_chats_that_leave_and_join_are_written_as_alone(kind, temperature, tmp_path, monkeypatch):
+    folder = save(tmp_path, kind, **WINDOWED[kind])
+    engine = TransformersEngine(folder, dtype=torch.float32, batch_tokens=90)
+    # A random model would hardly ever end.
+    engine._stop_ids = set(range(0, len(engine.tokenizer), 9))
+    sizes, forward = [], engine._forward
+    monkeypatch.setattr(engine, "_forward", lambda ids, *rest: sizes.append(len(ids)) or forward(ids, *rest))
+    sampling = Sampling(24, temperature=temperature)
+    first = [chat(f"{number}. " + "Hm? " * (5 * number % 17)) for number in range(12)]
+    asked = [replace(one, options=(), seed=seed, sampling=sampling) for seed, one in enumerate(first)]
+    for _ in range(2):
+        replies, steps = {}, []
+        sizes.clear()
+        for index, reply in engine.answer(asked):
+            replies[index] = reply
+            steps.append(len(sizes))
+        for index, request in enumerate(asked):
+            reply = replies[index]
+            assert (reply.text, reply.completion_tokens, reply.finish_reason) == plainly_written(engine, request)
+        # Replies are handed out when they end; not all chats are in one batch, nor does each wait for the one before.
+        lengths = [reply.completion_tokens for reply in replies.values()]
+        assert max(sizes) < len(asked) and len(sizes) < sum(lengths) and len(set(steps)) > 3
+        turns = [{"role": "assistant", "content": ""}, {"role": "user", "content": "And?"}]
+        asked = [
+            replace(request, messages=[*request.messages, turns[0] | {"content": replies[index].text}, turns[1]])
+            for index, request in enumerate(asked)
+        ]
+
+
+def test_the_last_rows_take_the_places_of_those_that_left():
+    def filled(cache, numbers, tokens):
+        states = torch.tensor(numbers, dtype=torch.float)[:, None, None, None].expand(-1, 2, tokens, 3).clone()
+        return cache.update(states, -states, 0)
+
+    cache, other = GrowingCache(), GrowingCache()
+    filled(cache, [0, 1, 2, 3, 4], 6)
+    assert cache.leave([True, False, False, True, False], 4) == [4, 1, 2]
+    assert cache.layers[0].keys[:, 0, :, 0].tolist() == [[4] * 4, [1] * 4, [2] * 4] and cache.get_seq_length() == 4
+    cache.layers[0]._buffers[0][3:] = math.nan  # memory that nobody wrote
+    filled(other, [7, 8, 9], 2)
+    cache.join(other)
+    keys, values = cache.layers[0].keys, cache.layers[0].values
+    assert keys[:, 0, :, 0].tolist() == [[4] * 4, [1] * 4, [2] * 4, *([0, 0, n, n] for n in (7, 8, 9))]
+    assert torch.equal(keys, -values)
+    grown, _ = filled(cache, [5] * 6, 200)
+    assert torch.equal(grown[..., :4, :], keys) and bool((grown[..., 4:, :] == 5).all())
+
+
+def test_heads_share_keys_and_values_without_a_copy(tmp_path, monkeypatch):
+    folder, scores = save(tmp_path, "llama"), []
+    for shared in (False, True):
+        engine = TransformersEngine(folder, dtype=torch.float32)
+        with monkeypatch.context() as patch:
+            if shared:
+                patch.setattr(sdpa_attention, "repeat_kv", lambda *_: pytest.fail("copied"))
+            else:
+                patch.setenv(SHARED_HEADS, "0")
+            replies = [reply for requests in (FIRST, SECOND) for _, reply in sorted(engine.answer(requests))]
+        scores.append(torch.tensor([reply.logprobs for reply in replies]))
+    assert torch.allclose(*scores, atol=1e-5, rtol=0)
+    assert SHARED_HEADS not in os.environ
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable():
+    probabilities = torch.tensor([0.5, 0.3, 0.2, 0.0])
+    drawn = draw(
+        probabilities.log().expand(4000, 4), Sampling(), [torch.Generator().manual_seed(i) for i in range(4000)]
+    )
+    counts = torch.bincount(torch.tensor(drawn), minlength=4)
+    # Five standard deviations of a binomial's count.
+    assert ((counts - 4000 * probabilities).abs() <= 5 * (4000 * probabilities * (1 - probabilities)).sqrt()).all()
+    again = [torch.Generator().manual_seed(i) for i in (7, 3)]
+    assert draw(probabilities.log().expand(2, 4), Sampling(), again) == [drawn[7], drawn[3]]
 
 
 @pytest.mark.parametrize("kind", STATEFUL)

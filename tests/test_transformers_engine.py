@@ -118,6 +118,8 @@ def test_sampled_text_depends_on_its_seed_alone(exact, ask):
     assert len({reply.text for reply in together[:3]}) == 3
     alone = TransformersEngine("smollm2-135m", dtype=torch.float32, cache_bytes=0)
     assert answers(alone, requests[3:1:-1]) == together[3:1:-1]
+    alone.batch_tokens = 12  # two at a time, the others when one of them ends
+    assert answers(alone, requests) == together
 
 
 def test_a_chat_goes_on_from_its_generated_text(exact, ask):

@@ -1,8 +1,10 @@
 """Keys and values: a cache that grows in place, the prefixes kept between rounds, and the models that this fits."""
 
 import math
+import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from atp_utils.evolution.requests import Message
 from atp_utils.models.chat_template import common_prefix
 
+SHARED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"
 ATTENDING = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 
 
@@ -20,7 +23,7 @@ class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` [rows, heads, tokens, width] whose tensors are views of buffers with room for more tokens.
 
     transformers' own one concatenates, that is, copies all keys and values for every token that is generated: more than
-    half of the time of a batch of chats on a CPU.
+    half of the time of a batch of chats on a CPU. All rows end with the same token, and are padded on the left.
     """
 
     def update(
@@ -28,30 +31,72 @@ class GrowingLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._buffers: list[torch.Tensor | None] = [None, None]
-        start = self.get_seq_length()
-        self.keys = self._extended(0, self.keys, start, key_states)
-        self.values = self._extended(1, self.values, start, value_states)
+            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+            self._buffers, self._first = [self.keys, self.values], 0
+        new = key_states.shape[-2]
+        self._show(len(key_states), self.get_seq_length() + new)
+        self.keys[..., -new:, :], self.values[..., -new:, :] = key_states, value_states
         return self.keys, self.values
 
-    def _extended(self, place: int, held: torch.Tensor, start: int, new: torch.Tensor) -> torch.Tensor:
-        end = start + new.shape[-2]
-        buffer = self._buffers[place]
-        if buffer is None or buffer.shape[-2] < end:
-            buffer = new.new_empty((*new.shape[:-2], end + 64 + end // 8, new.shape[-1]))
-            if start:
-                buffer[..., :start, :] = held
-            self._buffers[place] = buffer
-        buffer[..., start:end, :] = new
-        return buffer[..., :end, :]
+    def join(self, other: "GrowingLayer") -> None:
+        rows, tokens = len(self.keys), other.get_seq_length()
+        self._show(rows + len(other.keys), self.get_seq_length())
+        for mine, new in ((self.keys[rows:], other.keys), (self.values[rows:], other.values)):
+            # Masked, and all the same multiplied: what lay in memory there may be no number.
+            mine[..., :-tokens, :] = 0
+            mine[..., -tokens:, :] = new
+
+    def leave(self, moves: Sequence[tuple[int, int]], rows: int, tokens: int) -> None:
+        """Move rows ``(from, to)``, then keep the first ``rows`` and the last ``tokens``."""
+        self._first += self.get_seq_length() - tokens
+        for held in (self.keys, self.values):
+            for origin, target in moves:
+                held[target] = held[origin]
+        self.keys, self.values = self.keys[:rows, :, -tokens:], self.values[:rows, :, -tokens:]
+
+    def _show(self, rows: int, tokens: int) -> None:
+        """Let keys and values be views of ``rows`` and ``tokens``, in larger buffers where these don't suffice."""
+        end = self._first + tokens
+        if len(self._buffers[0]) < rows or self._buffers[0].shape[-2] < end:
+            self._buffers = [_enlarged(held, rows, tokens) for held in (self.keys, self.values)]
+            self._first, end = 0, tokens
+        self.keys, self.values = (buffer[:rows, :, self._first : end] for buffer in self._buffers)
 
 
-def growing_cache() -> Cache:
-    """An empty cache for one batch, with a `GrowingLayer` for each layer of the model.
+def _enlarged(held: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
+    buffer = held.new_empty((rows, held.shape[1], tokens + 64 + tokens // 8, held.shape[-1]))
+    buffer[: len(held), :, : held.shape[-2]] = held
+    return buffer
+
+
+class GrowingCache(Cache):
+    """The cache of one batch, with a `GrowingLayer` for each layer of the model.
 
     Layers with a sliding window get one too: every key is kept, and the model's mask hides those outside the window.
     """
-    return Cache(layer_class_to_replicate=GrowingLayer)
+
+    def __init__(self):
+        super().__init__(layer_class_to_replicate=GrowingLayer)
+
+    def join(self, other: "GrowingCache") -> None:
+        """Take in the rows of ``other``, which holds no more tokens, behind the own ones."""
+        for layer, new in zip(self.layers, other.layers, strict=True):
+            if layer.is_initialized:
+                layer.join(new)
+
+    def leave(self, ended: Sequence[bool], tokens: int) -> list[int]:
+        """Take out the rows that have ``ended``, the last ones filling their places; the last ``tokens`` stay.
+
+        Returns the former places of the rows that are left, in their new order. Nothing else is copied.
+        """
+        order, left = list(range(len(ended))), ended.count(False)
+        moves = list(zip((i for i in order[left:] if not ended[i]), (i for i in order[:left] if ended[i]), strict=True))
+        for origin, target in moves:
+            order[target] = origin
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.leave(moves, left, tokens)
+        return order[:left]
 
 
 class KeptChats:
@@ -75,15 +120,16 @@ class KeptChats:
                 return values[..., :length, :] if length > 0 else None
         return None
 
-    def keep(self, messages: Sequence[Message], ids: list[int], cache: Cache, place: int, slots: torch.Tensor) -> None:
-        """Keep row ``place`` of a batch's ``cache``, whose tokens ``ids`` lie at ``slots``.
+    def keep(self, messages: Sequence[Message], ids: list[int], cache: Cache, place: int) -> None:
+        """Keep row ``place`` of a batch's ``cache``, whose last tokens are ``ids``.
 
         Nothing where the layers' keys and values differ in shape.
         """
-        layers = [(layer.keys[place], layer.values[place]) for layer in cache.layers if layer.is_initialized]
+        pairs = ((layer.keys, layer.values) for layer in cache.layers if layer.is_initialized)
+        layers = [[held[place, :, -len(ids) :] for held in pair] for pair in pairs]
         if self.limit <= 0 or len({tensor.shape for pair in layers for tensor in pair}) != 1:
             return
-        values = torch.stack([torch.stack(pair) for pair in layers])[..., slots, :]
+        values = torch.stack([torch.stack(pair) for pair in layers])
         key = _chat_key(messages)
         if key in self.chats:
             self.bytes -= self.chats.pop(key)[1].nbytes
@@ -103,6 +149,23 @@ def check_attention(name: str, config: Any) -> None:
             "can't be cut back to what chats share: take a model of attention layers only, or serve this one and name "
             "the server"
         )
+
+
+@contextmanager
+def shared_heads(ids: torch.Tensor) -> Iterator[None]:
+    """Let query heads that share keys and values read them in place while ``ids`` [rows, tokens] are read on a CPU.
+
+    transformers copies them for each head wherever there is a mask, unless told so. Not for single tokens, where it
+    doesn't, nor on a GPU, whose fast kernels would then take no mask.
+    """
+    if ids.device.type != "cpu" or ids.shape[1] == 1 or SHARED_HEADS in os.environ:
+        yield
+        return
+    os.environ[SHARED_HEADS] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[SHARED_HEADS]
 
 
 def context_length(config: Any) -> float:

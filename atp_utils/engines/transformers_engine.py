@@ -4,26 +4,28 @@ A round costs its new tokens, not its history: the keys and values of every answ
 a chat that extends one starts from the longest common token prefix. Chats may fork (two agents with one past) and
 batches may mix lengths: a row is padded on the left only, so that windows and positions are those of the chat alone.
 Floating-point sums depend on the batch's shape, so log-probabilities repeat to rounding (about 0.01 in bfloat16), not
-to the bit.
+to the bit. Replies that are written leave their batch when they end, and waiting chats take their places.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache
 
 from atp_utils import models
-from atp_utils.engines.kv_cache import KeptChats, check_attention, context_length, growing_cache
-from atp_utils.engines.next_token import processors
+from atp_utils.engines.kv_cache import GrowingCache, KeptChats, check_attention, context_length, shared_heads
+from atp_utils.engines.next_token import draw
 from atp_utils.evolution.parsing import prompted_thinking
 from atp_utils.evolution.requests import Reply, Request, Sampling, collapse
 from atp_utils.models.chat_template import common_prefix, decode, encode, render, tokenised, turn_end
 from atp_utils.support.code_digest import PACKAGE, code_of
+
+# Of the tokens of one forward pass: tokens that replies being written hold together, each at its longest.
+WRITING = 8
 
 
 @dataclass
@@ -31,7 +33,8 @@ class _Row:
     """A chat in work: token ids, the part of an option's answer that all options share, its kept prefix.
 
     ``opening`` is the mark of thinking that the prompt ends with and the reply therefore lacks, as a rule "";
-    ``indices`` are those of the requests that it answers.
+    ``indices`` are those of the requests that it answers; ``written`` are a reply's tokens so far, drawn by the
+    ``generator``; the last of them hasn't been read.
     """
 
     request: Request
@@ -41,10 +44,16 @@ class _Row:
     shared: int
     kept: torch.Tensor | None
     indices: Sequence[int]
+    written: list[int] = field(default_factory=list)
+    generator: torch.Generator | None = None
 
     @property
     def new(self) -> int:
         return len(self.ids) - (0 if self.kept is None else self.kept.shape[-2])
+
+    @property
+    def length(self) -> int:
+        return len(self.ids) + len(self.written)
 
 
 class TransformersEngine:
@@ -100,12 +109,10 @@ class TransformersEngine:
                 yield from ((index, Reply("", len(row.ids) - row.shared, 0, "context")) for index in row.indices)
             else:
                 kinds.setdefault(len(row.tails) or sampling, []).append(row)
-        for batch in (batch for kind in kinds.values() for batch in self._batches(kind)):
-            outcomes = self._choose(batch) if batch[0].tails else self._generate(batch)
-            self.answered += len(batch)
-            for row, outcome in zip(batch, outcomes, strict=True):
-                row.kept = None
-                yield from ((index, outcome) for index in row.indices)
+        for kind in kinds.values():
+            for row, reply in self._choices(kind) if kind[0].tails else self._written(kind):
+                self.answered += 1
+                yield from ((index, reply) for index in row.indices)
 
     def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         batch, fresh = [], 0
@@ -137,12 +144,12 @@ class TransformersEngine:
         mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, side)
         return pad_sequence(ids, True, self.tokenizer.pad_token_id, side), mask
 
-    def _assemble(self, rows: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor, Cache]:
+    def _assemble(self, rows: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor, GrowingCache]:
         """Ids and mask [rows, prefix + new tokens], and a cache holding the prefixes, all left-padded."""
         self.forward_tokens += sum(row.new for row in rows)
         fresh = max(row.new for row in rows)
         ids, mask = self._padded([row.ids for row in rows], "left")
-        prefix, cache = ids.shape[1] - fresh, growing_cache()
+        prefix, cache = ids.shape[1] - fresh, GrowingCache()
         if prefix:
             sample = next(row.kept for row in rows if row.kept is not None)
             # Where padding would stand between prefix and new tokens, the prefix's last tokens are read once more: a
@@ -152,14 +159,21 @@ class TransformersEngine:
             for layer in range(len(sample)):
                 both = [pad(each[layer], (0, 0, prefix - each.shape[-2], 0)) for each in kept]
                 cache.update(*torch.stack(both, dim=1), layer)
+        for row in rows:
+            row.kept = None
         return ids, mask, cache
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, keep: int) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: GrowingCache, keep: int) -> torch.Tensor:
         """Logits [rows, keep, vocabulary] in float32 after the last ``keep`` tokens of ``ids``."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         read = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        out = self.model(**read, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        with shared_heads(ids):
+            out = self.model(**read, past_key_values=cache, use_cache=True, logits_to_keep=keep)
         return out.logits.float()
+
+    def _choices(self, rows: Sequence[_Row]) -> Iterator[tuple[_Row, Reply]]:
+        for batch in self._batches(rows):
+            yield from zip(batch, self._choose(batch), strict=True)
 
     def _choose(self, rows: Sequence[_Row]) -> list[Reply]:
         """Score every option's complete answer."""
@@ -170,7 +184,7 @@ class TransformersEngine:
         shared = [_total(after[i, -row.shared - 1 :], row.ids[starts[i] :]) for i, row in enumerate(rows)]
         for place, row in enumerate(rows):
             if row.request.extended:
-                self._kept.keep(row.request.messages, row.ids, cache, place, mask[place].nonzero().flatten())
+                self._kept.keep(row.request.messages, row.ids, cache, place)
         by_option = zip(*(row.tails for row in rows), strict=True)
         ends = [self._score_tails(tails, after[:, -1], mask, cache) for tails in by_option]
         replies = []
@@ -181,7 +195,7 @@ class TransformersEngine:
         return replies
 
     def _score_tails(
-        self, tails: Sequence[list[int]], after: torch.Tensor, mask: torch.Tensor, cache: Cache
+        self, tails: Sequence[list[int]], after: torch.Tensor, mask: torch.Tensor, cache: GrowingCache
     ) -> list[float]:
         """log P(tail | what the cache holds) of one option for every row; the cache is left as it was.
 
@@ -197,51 +211,64 @@ class TransformersEngine:
         cache.crop(-ids.shape[1])
         return [score + _total(following[place], tails[place][1:]) for place, score in enumerate(scores)]
 
-    def _generate(self, rows: list[_Row]) -> list[Reply]:
-        ids, mask, cache = self._assemble(rows)
-        new = self._drawn(rows, ids, mask, cache)
-        replies = []
-        for place, row in enumerate(rows):
-            tokens = new[place].tolist()
-            end = next((i for i, token in enumerate(tokens) if token in self._stop_ids()), None)
-            # A reply that is cut off in a block that the prompt opened would otherwise pass for an answer.
-            text = row.opening + decode(self.tokenizer, tokens[:end])
-            count = len(tokens) if end is None else end + 1
-            replies.append(Reply(text, len(row.ids), count, "length" if end is None else "stop"))
-            self.forward_tokens += count
-            # The last token sampled was never read, so it has no keys.
-            read = min(count, cache.get_seq_length() - ids.shape[1])
-            slots = torch.cat([mask[place].nonzero().flatten(), ids.shape[1] + torch.arange(read).to(mask.device)])
-            self._kept.keep(row.request.messages, row.ids + tokens[:read], cache, place, slots)
-        return replies
-
-    def _drawn(self, rows: list[_Row], ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """New tokens [rows, up to ``max_new_tokens``], padded behind a stop token.
+    def _written(self, rows: Sequence[_Row]) -> Iterator[tuple[_Row, Reply]]:
+        """Replies as they end.
 
         Drawn here, because `generate` mixes in the settings that come with a model: penalties, suppressed or forced
         tokens, stop strings.
         """
         sampling = rows[0].request.sampling
-        process = processors(sampling, [row.request.seed for row in rows])
-        stops = torch.tensor(self._stop_ids(), device=ids.device)
-        ended = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
-        fed, new = ids[:, cache.get_seq_length() :], []
-        for _ in range(sampling.max_new_tokens):
-            scores = process(ids, self._forward(fed, mask, cache, 1)[:, -1])
-            token = scores.argmax(-1).masked_fill(ended, self.tokenizer.pad_token_id)
-            new.append(token)
-            ended |= torch.isin(token, stops)
-            if ended.all():
-                break
-            fed, mask = token[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        return torch.stack(new, dim=1)
+        # The longest first: a chat that joins is then never longer than what those under way hold.
+        waiting = sorted(rows, key=lambda row: len(row.ids), reverse=True)
+        places = max(1, WRITING * self.batch_tokens // (len(waiting[0].ids) + sampling.max_new_tokens))
+        live, cache = [], GrowingCache()
+        while waiting or live:
+            free = places - len(live)
+            # Chats are read together, an eighth of the places at a time: a step is hardly faster for so few rows less.
+            if waiting and (not live or 8 * free >= places):
+                asked = next(self._batches(waiting[:free]))
+                del waiting[: len(asked)]
+                ids, mask, own = self._assemble(asked)
+                logits = self._forward(ids[:, own.get_seq_length() :], mask, own, 1)
+                if live:
+                    cache.join(own)
+                else:
+                    cache = own
+                live += asked
+                for row in asked:
+                    row.generator = torch.Generator(logits.device).manual_seed(row.request.seed)
+            else:
+                asked = live
+                last, lengths = torch.tensor([(row.written[-1], row.length) for row in live]).to(self.model.device).T
+                columns = torch.arange(cache.get_seq_length(), -1, -1, device=lengths.device)
+                logits = self._forward(last[:, None], (columns < lengths[:, None]).long(), cache, 1)
+            tokens = draw(logits[:, -1], sampling, [row.generator for row in asked])
+            for row, token in zip(asked, tokens, strict=True):
+                row.written.append(token)
+            ended = [self._ended(row) for row in live]
+            if any(ended):
+                yield from ((row, self._reply(row, cache, place)) for place, row in enumerate(live) if ended[place])
+                held = max((row.length - 1 for row in live if not self._ended(row)), default=0)
+                live = [live[place] for place in cache.leave(ended, held)]
 
-    def _stop_ids(self) -> list[int]:
+    def _ended(self, row: _Row) -> bool:
+        return row.written[-1] in self._stop_ids or len(row.written) == row.request.sampling.max_new_tokens
+
+    def _reply(self, row: _Row, cache: GrowingCache, place: int) -> Reply:
+        stopped = row.written[-1] in self._stop_ids
+        # A reply that is cut off in a block that the prompt opened would otherwise pass for an answer.
+        text = row.opening + decode(self.tokenizer, row.written[: -1 if stopped else None])
+        self.forward_tokens += len(row.written)
+        # The last token drawn was never read, so it has no keys.
+        self._kept.keep(row.request.messages, row.ids + row.written[:-1], cache, place)
+        return Reply(text, len(row.ids), len(row.written), "stop" if stopped else "length")
+
+    @cached_property
+    def _stop_ids(self) -> set[int]:
         """What ends a reply: the end of a turn, and the end tokens of tokenizer and model."""
         configured = self.model.generation_config.eos_token_id
         configured = configured if isinstance(configured, list) else [configured]
-        found = {turn_end(self.tokenizer), self.tokenizer.eos_token_id, *configured}
-        return sorted(token for token in found if token is not None)
+        return {turn_end(self.tokenizer), self.tokenizer.eos_token_id, *configured} - {None}
 
 
 def _total(logprobs: torch.Tensor, tokens: Sequence[int]) -> float:
