@@ -187,8 +187,8 @@ def test_grpos_log_probabilities_entropies_and_gradients_are_trls(family, tiny, 
     for one, other in zip(ours[0], trls[0], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert max(part.abs().max() for part in trls[1].values()) > 1
-    for name in trls[1]:
-        torch.testing.assert_close(ours[1][name], trls[1][name], rtol=1e-3, atol=1e-3)
+    for name, part in trls[1].items():
+        torch.testing.assert_close(ours[1][name], part, rtol=1e-4, atol=1e-4 * part.abs().max().item())
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_a_step_of_grpo_samples_and_learns_what_trls_does_and_reads_each_prompt_
     assert len(ours) == len(trls) == 2 and read < 0.6 * all_read
     for one, other in zip(ours, trls, strict=True):
         for name in ("loss", "reward", "reward_std", "kl", "entropy", "grad_norm", "completions/mean_length"):
-            assert one[name] == pytest.approx(other[name], abs=1e-4, rel=1e-3), name
+            assert one[name] == pytest.approx(other[name], abs=1e-5, rel=1e-4), name
     assert trls[0]["reward_std"] > 0 and trls[1]["kl"] > 0
     for name, part in weights.items():
         torch.testing.assert_close(part, their_weights[name], rtol=1e-3, atol=1e-3)
