@@ -47,7 +47,8 @@ TINY |= {"num_key_value_heads": 2, "head_dim": 16}
 def config(tiny):
     """Qwen3-8B's shape, or hardly any; turns end where the embedded model's do."""
     ends = models.load_tokenizer(models.EMBEDDED).eos_token_id
-    return Qwen3Config(**(TINY if tiny else EIGHT_B), eos_token_id=ends, bos_token_id=None, pad_token_id=None)
+    named = {"architectures": ["Qwen3ForCausalLM"], "eos_token_id": ends, "bos_token_id": None, "pad_token_id": None}
+    return Qwen3Config(**(TINY if tiny else EIGHT_B), **named)
 
 
 def random_model(shape):
@@ -102,7 +103,7 @@ def vllm(shape, requests):
         asked = {"model": folder, "tokenizer": tokenizer, "load_format": "dummy", "dtype": "bfloat16"}
         llm = LLM(**asked, max_model_len=8192, enable_prefix_caching=True)
         sampling = SamplingParams(max_tokens=requests[0].sampling.max_new_tokens)
-        chats = [[{"role": said.role, "content": said.content} for said in one.messages] for one in requests]
+        chats = [list(one.messages) for one in requests]
         llm.chat(chats[:1], sampling, use_tqdm=False)
         start = time.perf_counter()
         answers = llm.chat(chats, sampling, use_tqdm=False)

@@ -2,11 +2,15 @@
 
 import json
 import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from atp_utils import resolve
+from atp_utils.evolution.requests import Request, Sampling
 from benchmarks import bench, evolution, gpu, limits
 
 HERE = {"processor": "A", "cores": 2, "threads": 2, "flags": ["avx2"], "torch": "1", "precision": "float32"}
@@ -59,6 +63,26 @@ def test_what_a_pass_takes_at_least():
     # 400 operations a token.
     assert limits.least(found | {"gflops": 400e-9, "gb_s": 1}, tokens=3) == pytest.approx(3)
     assert limits.least(found | {"gflops": 1, "gb_s": 800e-9}, tokens=3, passes=5) == pytest.approx(5)
+
+
+def test_vllm_is_asked_the_same_chats(embedded, monkeypatch):
+    asked = []
+
+    class Fake:
+        def __init__(self, model, tokenizer, load_format, **_):
+            assert json.loads((Path(model) / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+            assert Path(tokenizer).is_dir() and load_format == "dummy"
+
+        def chat(self, chats, sampling, use_tqdm):
+            asked.append((chats, sampling))
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1, 2, 3])]) for _ in chats]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Fake, SamplingParams=lambda **given: given))
+    chats, sampling = [({"role": "user", "content": text},) for text in ("Hi.", "Ho.")], Sampling(max_new_tokens=7)
+    requests = [Request("key", chat, 0, sampling=sampling) for chat in chats]
+    found = gpu.vllm(gpu.config(tiny=True), requests)
+    assert asked[1] == ([[{"role": "user", "content": "Hi."}], [{"role": "user", "content": "Ho."}]], {"max_tokens": 7})
+    assert found["written tokens a second"] == pytest.approx(3 * found["decisions a second"])
 
 
 @pytest.mark.parametrize("case", ["choose", "reason"])
