@@ -86,8 +86,8 @@ test-lab: model ## open every notebook in JupyterLab in a headless Chromium, and
 lab: model ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-bench: model ## time the evolution against a plain loop
-	$(BIN)/python benchmarks/evolution.py
+bench: model ## time evolutions and trainings against the plain way and the machine's limits (MODEL=, OPTIONS=--record)
+	$(BIN)/python -m benchmarks.bench $(if $(MODEL),--model "$(MODEL)") $(OPTIONS)
 
 notebooks: model ## execute the notebooks in place, with their own defaults
 	ATP_PROGRESS=/dev/null $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb

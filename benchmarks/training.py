@@ -1,25 +1,21 @@
-"""Times a step of DPO or GRPO as this repository trains it against TRL's own trainer, on the same rows.
+"""Times steps of DPO and GRPO, this repository's against TRL's own trainer, on the same rows; `bench` calls it.
 
 "TRL" is its trainer with its defaults (activations computed again), but for its autocast to bfloat16, which is as in
-ours: off on a CPU. "TRL, our settings" has this repository's configuration, "ours" also computes a prompt once.
-Each trains in a process of its own, so that its peak memory is its own, and they take turns: a step of one, a step of
-the next. DPO's steps see no row twice and read the reference for each, but for "ours, rows again", which has read it
-before.
-
-    python benchmarks/training.py [--model smollm2-135m] [--method dpo] [--scenario role_play] [--steps 5]
+ours: off on a CPU. "TRL, our settings" has this repository's configuration, "ours" also computes a prompt once. Each
+trains in a process of its own, so that its peak memory is its own, and they take turns: a step of one, a step of the
+next. DPO's steps see no row twice and read the reference for each, but for "ours, reference read before".
 """
 
-import argparse
 import contextlib
-import itertools
 import multiprocessing
 import resource
+import statistics
 import tempfile
 import time
 from pathlib import Path
 from unittest import mock
 
-import pandas as pd
+import torch
 import yaml
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOTrainer
@@ -27,11 +23,12 @@ from trl import DPOTrainer
 from atp_utils import models, parameters, resolve
 from atp_utils.runs import Run
 from atp_utils.scenarios.registry import SCENARIOS
-from atp_utils.support.files import write_parquet
-from atp_utils.support.manifest import processor
 from atp_utils.training import exact_trainers, pairs, trainer
+from benchmarks import limits
 
-KINDS = ("TRL", "TRL, our settings", "ours", "ours, rows again")
+BEFORE = "ours, reference read before"
+WAYS = ("TRL", "TRL, our settings", "ours", BEFORE)
+USUAL = {"dpo": ("TRL", "ours", BEFORE), "grpo": ("TRL", "ours")}
 # What TRL is told too: how much a step is, and what it is to learn.
 SAME = (
     "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "use_cpu", "bf16", "seed",
@@ -45,88 +42,109 @@ class TheirDPO(DPOTrainer):
     _prepare_dataset = exact_trainers.ExactDPOTrainer._prepare_dataset
 
 
-class Turns(TrainerCallback):
-    """Begins a step when told to, and tells how long it took: seconds, and seconds of all processors."""
+class Steps(TrainerCallback):
+    """Tells of each step its seconds, the processors' and the tokens that were read, those to learn from apart."""
 
-    def __init__(self, pipe):
-        self.pipe = pipe
+    def __init__(self, model, tell, wait=lambda: None):
+        self.tell, self.wait, self.device = tell, wait, model.device
+        model.get_input_embeddings().register_forward_hook(self.count)
+
+    def count(self, _, given, __):
+        self.tokens[torch.is_grad_enabled()] += given[0].numel()
 
     def on_step_begin(self, args, state, control, **_):
-        self.pipe.recv()
+        self.wait()
+        self.tokens = [0, 0]
         self.start = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, **_):
-        seconds = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
-        self.pipe.send((*seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
+        limits.wait(self.device)
+        seconds, busy = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
+        self.tell({"seconds": seconds, "processor_seconds": busy, "read": self.tokens[0], "learnt": self.tokens[1]})
 
 
-def train(kind, dtype, options, pipe):
-    """Train by the quick profile's parameters, in a process of its own."""
+def prepare(stack, kind, method, model, dtype, steps, scenario="role_play", **changes):
+    """A trainer by the quick profile's parameters, open as long as ``stack`` is."""
     models.quiet()
-    method, scenario = options.method, SCENARIOS[options.scenario]
-    profile = yaml.safe_load(resolve("profiles/quick.yaml").read_text())["notebooks"]
-    book = profile[f"{parameters.ALIGN[method]}/{scenario.name}"]
-    changes = {"model": options.model, "dtype": dtype, "scenario": scenario.name, "warmup_ratio": 0}
-    changes["accumulation"] = options.batches
-    given = parameters.check(parameters.ALIGN[method], book | changes | {"max_steps": options.steps + 1})
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        run = Run(parameters.ALIGN[method], given, Path(folder), scenario)
-        items = pairs.training_items(run, method)
-        rows = pairs.preference_rows(run, items)[0] if method == "dpo" else pairs.reward_rows(run, items)
-        rows = rows[: given.batch_size] if "again" in kind else rows
-        arguments = trainer.trl_arguments(Path(folder), rows, given)
-        if kind == "TRL":
-            same = {name: getattr(arguments, name) for name in SAME if hasattr(arguments, name)}
-            arguments = type(arguments)(save_strategy="no", **same)
-        if "TRL" in kind:
-            for name in ("score_answers", "share_prefill"):
-                stack.enter_context(mock.patch.object(exact_trainers, name, lambda *_, **__: None))
-        parts = {"args": arguments, **trainer._parts(rows, given)}
-        if method == "grpo":
-            rewards = stack.enter_context(scenario.reward(given.group_size))
-            training = exact_trainers.ExactGRPOTrainer(reward_funcs=rewards, **parts)
-        else:
-            training = (TheirDPO if kind == "TRL" else exact_trainers.ExactDPOTrainer)(**parts)
-        training.remove_callback(PrinterCallback)
-        training.add_callback(Turns(pipe))
+    book, scenario = parameters.ALIGN[method], SCENARIOS[scenario]
+    profile = yaml.safe_load(resolve("profiles/quick.yaml").read_text())["notebooks"][f"{book}/{scenario.name}"]
+    changes |= {"model": model, "dtype": dtype, "scenario": scenario.name, "warmup_ratio": 0, "max_steps": steps}
+    given = parameters.check(book, profile | changes)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    run = Run(book, given, folder, scenario)
+    items = pairs.training_items(run, method)
+    rows = pairs.preference_rows(run, items)[0] if method == "dpo" else pairs.reward_rows(run, items)
+    rows = rows[: given.batch_size] if kind == BEFORE else rows
+    arguments = trainer.trl_arguments(folder, rows, given)
+    if kind == "TRL":
+        same = {name: getattr(arguments, name) for name in SAME if hasattr(arguments, name)}
+        arguments = type(arguments)(save_strategy="no", **same)
+    if "TRL" in kind:
+        for name in ("score_answers", "share_prefill", "in_order"):
+            stack.enter_context(mock.patch.object(exact_trainers, name, lambda given: given))
+    parts = {"args": arguments, **trainer._parts(rows, given)}
+    if method == "grpo":
+        rewards = stack.enter_context(scenario.reward(given.group_size))
+        made = exact_trainers.ExactGRPOTrainer(reward_funcs=rewards, **parts)
+    else:
+        made = (TheirDPO if kind == "TRL" else exact_trainers.ExactDPOTrainer)(**parts)
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def _train(pipe, *given, **changes):
+    with contextlib.ExitStack() as stack:
+        training = prepare(stack, *given, **changes)
+
+        def tell(step):
+            pipe.send(step | {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20})
+
+        training.add_callback(Steps(training.model, tell, wait=pipe.recv))
         training.train()
 
 
-def main():
-    """Print and store one row for each way to train."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default=models.EMBEDDED)
-    parser.add_argument("--method", default="dpo", choices=["dpo", "grpo"])
-    parser.add_argument("--dtype", nargs="+", default=["auto"])
-    parser.add_argument("--scenario", default="role_play")
-    parser.add_argument("--steps", type=int, default=5, help="that are timed; one before them is not")
-    parser.add_argument("--batches", type=int, default=2, help="of a step")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS[:3]), choices=KINDS)
-    options = parser.parse_args()
+def _limits(model, dtype, before=None):
+    """In a process of its own: a worker's peak memory counts from what the process that starts it has."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_limits_here, (model, dtype, before))
+
+
+def _limits_here(model, dtype, before):
+    return limits.measure(models.load_weights(model, dtype), before)
+
+
+def measure(method, model, dtype, turns=3, ways=(), **changes):
+    """One part of the benchmark, with what each step took: ``turns`` that are timed after one that isn't."""
     spawn, pipes, workers = multiprocessing.get_context("spawn"), {}, []
-    for case in itertools.product(options.kinds, options.dtype):
-        pipes[case], there = spawn.Pipe()
-        workers.append(spawn.Process(target=train, args=(*case, options, there)))
+    best = _limits(model, dtype)
+    for kind in ways or USUAL[method]:
+        pipes[kind], there = spawn.Pipe()
+        given = there, kind, method, model, dtype, turns + 1
+        workers.append(spawn.Process(target=_train, args=given, kwargs=changes))
         workers[-1].start()
-    found = []
-    for step in range(options.steps + 1):
-        for case, pipe in pipes.items():
+        there.close()
+    found = {kind: [] for kind in pipes}
+    for _ in range(turns + 1):
+        for kind, pipe in pipes.items():
             pipe.send("go")
-            found.append((*case, step, *pipe.recv()))
-            print(*found[-1], flush=True)
+            found[kind].append(pipe.recv())
     for worker in workers:
         worker.join()
-    names = ["trainer", "weights", "step", "seconds a step", "processor seconds a step", "peak memory, GiB"]
-    steps = pd.DataFrame(found, columns=names)
-    table = steps[steps["step"] > 0].groupby(names[:2], sort=False)[names[3:]].median()
-    table[names[5]] = steps.groupby(names[:2])[names[5]].max()
-    table["times faster"] = table[names[3]].iloc[0] / table[names[3]]
-    print(f"{options.method}, {options.model}, {options.scenario}, {options.batches} batches a step, {processor()}\n")
-    print(table.round(2).reset_index().to_markdown(index=False))
-    folder = resolve("runs/benchmarks")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_parquet(folder / "training.parquet", steps)
-
-
-if __name__ == "__main__":
-    main()
+    best = _limits(model, dtype, best)
+    # A token to learn from is read, and its gradient goes back through as many products.
+    steps = found.get("ours") or next(iter(found.values()))
+    tokens = statistics.median(step["read"] + 2 * step["learnt"] for step in steps[1:])
+    best["least_seconds"] = limits.least(best, tokens)
+    return {
+        "settings": changes,
+        "kinds": {
+            kind: {
+                "seconds": [step["seconds"] for step in steps[1:]],
+                "processor_seconds": [step["processor_seconds"] for step in steps[1:]],
+                "tokens": steps[-1]["read"] + steps[-1]["learnt"],
+                "memory_gib": max(step["memory_gib"] for step in steps),
+            }
+            for kind, steps in found.items()
+        },
+        "limits": best,
+    }

@@ -11,6 +11,7 @@ from trl.trainer import utils
 
 from atp_utils.models.chat_template import common_prefix
 from atp_utils.training import trainer
+from atp_utils.training.exact_trainers import in_order
 from atp_utils.training.shared_prompts import IGNORED, can_share, pack
 
 # Answers of unequal length, one that the other begins with, two that are the same, and prompts of unequal length.
@@ -64,7 +65,7 @@ def trained(tiny, tmp_path, monkeypatch):
         parts["model"].set_attn_implementation(attention)
         with monkeypatch.context() as patch:
             if not packed:
-                patch.setattr("atp_utils.training.exact_trainers.score_answers", lambda _, packs: None)
+                patch.setattr("atp_utils.training.exact_trainers.score_answers", lambda _: None)
             return trainer.ExactDPOTrainer(args=trainer.trl_arguments(tmp_path, rows, given), **parts)
 
     return make
@@ -107,7 +108,7 @@ def test_losses_gradients_and_metrics_are_trls(family, attention, checkpoint, tr
 
 
 def test_answers_much_longer_than_their_prompt_stay_in_rows_of_their_own(trained):
-    rows = [{"prompt": "So?", "chosen": "Yes. " * 9, "rejected": "No. " * length} for length in (9, 5)]
+    rows = [{"prompt": "So?", "chosen": "Yes. " * 40, "rejected": "No. " * length} for length in (40, 20)]
     ours, trls = trained("qwen3", True, rows=rows), trained("qwen3", False, rows=rows)
     read = []
     ours.model.get_base_model().model.embed_tokens.register_forward_hook(lambda _, given, __: read.append(given[0]))
@@ -167,7 +168,7 @@ def test_grpos_log_probabilities_entropies_and_gradients_are_trls(family, tiny, 
     def scores(shares):
         with monkeypatch.context() as patch:
             if not shares:
-                patch.setattr("atp_utils.training.exact_trainers.score_answers", lambda _, packs: None)
+                patch.setattr("atp_utils.training.exact_trainers.score_answers", lambda _: None)
             arguments = trainer.trl_arguments(tmp_path, rows, given)
             found = trainer.ExactGRPOTrainer(args=arguments, reward_funcs=print, **trainer._parts(rows, given))
         weights = {name: part for name, part in found.model.named_parameters() if part.requires_grad}
@@ -181,45 +182,72 @@ def test_grpos_log_probabilities_entropies_and_gradients_are_trls(family, tiny, 
         return [logps, entropies], {name: part.grad for name, part in weights.items()}
 
     ours, trls = scores(True), scores(False)
-    assert scored == [3 + 2 + 3 + 2 + 3, 5 * 8]
+    # Of the second prompt one reply begins with the other.
+    assert scored == [3 + 3 + 2 + 3, 5 * 8]
     for one, other in zip(ours[0], trls[0], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert max(part.abs().max() for part in trls[1].values()) > 1
-    for name in trls[1]:
-        torch.testing.assert_close(ours[1][name], trls[1][name], rtol=1e-3, atol=1e-3)
+    for name, part in trls[1].items():
+        torch.testing.assert_close(ours[1][name], part, rtol=1e-4, atol=1e-4 * part.abs().max().item())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_grpo_samples_and_learns_what_trls_does_and_reads_each_prompt_once(
-    family, tiny, tmp_path, monkeypatch
-):
-    # Of unequal length, so that one is padded.
-    rows = [{"prompt": prompt} for prompt in ("Cedar or Willow? Say it:", "So?")]
-    changes = SETTINGS | {"beta": 0.1, "max_steps": 2, "group_size": 3, "max_new_tokens": 4, "warmup_ratio": 0}
-    given = a_run("grpo", tiny[family], tmp_path, **changes).parameters
+@pytest.fixture
+def grpo(tiny, tmp_path, monkeypatch):
+    """History, weights and number of tokens read of a training by GRPO, ours or TRL's, for a family and a reward."""
 
-    def lengths(completions, log_metric, **_):
-        return [float(len(text) % 5) for text in completions]
-
-    def history(shares):
+    def train(family, shares, reward):
+        # Of unequal length, so that one is padded; a step is of two batches, over which TRL shuffles its replies.
+        rows = [{"prompt": prompt} for prompt in ("Cedar or Willow? Say it:", "So?")]
+        changes = {"batch_size": 1, "accumulation": 2, "group_size": 3, "max_new_tokens": 4, "warmup_ratio": 0}
+        given = a_run("grpo", tiny[family], tmp_path, **SETTINGS | {"beta": 0.1, "max_steps": 2} | changes).parameters
         with monkeypatch.context() as patch:
             if not shares:
                 for name in ("score_answers", "share_prefill"):
-                    patch.setattr(f"atp_utils.training.exact_trainers.{name}", lambda *_, **__: None)
+                    patch.setattr(f"atp_utils.training.exact_trainers.{name}", lambda _: None)
+                patch.setattr("atp_utils.training.exact_trainers.in_order", lambda batches: batches)
             arguments = trainer.trl_arguments(tmp_path, rows, given)
-            found = trainer.ExactGRPOTrainer(args=arguments, reward_funcs=lengths, **trainer._parts(rows, given))
-        read = []
-        layers = found.model.get_base_model().model
-        layers.embed_tokens.register_forward_hook(lambda _, given, __: read.append(given[0].numel()))
-        found.train()
-        return [entry for entry in found.state.log_history if "loss" in entry], sum(read)
+            found = trainer.ExactGRPOTrainer(args=arguments, reward_funcs=reward, **trainer._parts(rows, given))
+            read = []
+            layers = found.model.get_base_model().model
+            layers.embed_tokens.register_forward_hook(lambda _, given, __: read.append(given[0].numel()))
+            found.train()
+        weights = {name: part for name, part in found.model.named_parameters() if part.requires_grad}
+        return [entry for entry in found.state.log_history if "loss" in entry], weights, sum(read)
 
-    (ours, read), (trls, all_read) = history(True), history(False)
-    assert len(ours) == len(trls) == 2 and read < 0.85 * all_read
+    return train
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_grpo_samples_and_learns_what_trls_does_and_reads_each_prompt_once(family, grpo):
+    def lengths(completions, log_metric, **_):
+        return [float(len(text) % 5) for text in completions]
+
+    (ours, weights, read), (trls, their_weights, all_read) = (grpo(family, shares, lengths) for shares in (True, False))
+    assert len(ours) == len(trls) == 2 and read < 0.6 * all_read
     for one, other in zip(ours, trls, strict=True):
         for name in ("loss", "reward", "reward_std", "kl", "entropy", "grad_norm", "completions/mean_length"):
-            assert one[name] == pytest.approx(other[name], abs=1e-4, rel=1e-3), name
+            assert one[name] == pytest.approx(other[name], abs=1e-5, rel=1e-4), name
     assert trls[0]["reward_std"] > 0 and trls[1]["kl"] > 0
+    for name, part in weights.items():
+        torch.testing.assert_close(part, their_weights[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_no_group_has_a_reward_nothing_moves(family, grpo):
+    # Adam makes a whole step of the smallest difference between policy and reference.
+    history, weights, _ = grpo(family, True, lambda completions, **_: [1.0] * len(completions))
+    assert [(entry["kl"], entry["grad_norm"]) for entry in history] == [(0, 0)] * 2
+    assert not any(part.any() for name, part in weights.items() if "lora_B" in name)
+
+
+def test_rows_go_back_to_their_places():
+    batches = [
+        {"place": torch.tensor(places), "ids": torch.tensor(places)[:, None] * 10, "all": torch.tensor(7), "no": None}
+        for places in ([3, 0], [2, 1])
+    ]
+    first, second = in_order(batches)
+    assert first["ids"].tolist() == [[0], [10]] and second["ids"].tolist() == [[20], [30]]
+    assert second["place"].tolist() == [2, 3] and second["all"] == 7 and second["no"] is None
 
 
 @pytest.mark.parametrize(

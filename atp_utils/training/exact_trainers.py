@@ -43,6 +43,19 @@ def answers_mass(inputs: Mapping[str, torch.Tensor], log_probs: torch.Tensor) ->
     return (log_probs * followed * (1 - alike)).sum(dim=1).exp().view(2, -1).sum(dim=0)
 
 
+def in_order(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """TRL's ``batches``, shuffled among each other, with each row where its "place" says; what has no rows stays."""
+    order = torch.cat([batch["place"] for batch in batches]).argsort()
+
+    def ordered(name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return [batch[name] for batch in batches]
+        return torch.cat([batch[name] for batch in batches])[order].chunk(len(batches))
+
+    columns = {name: ordered(name, value) for name, value in batches[0].items()}
+    return [{name: values[number] for name, values in columns.items()} for number in range(len(batches))]
+
+
 class ExactDPOTrainer(DPOTrainer):
     """`trl.DPOTrainer` on `preference_ids`, for an adapter, in which a pair's prompt is computed once.
 
@@ -54,7 +67,7 @@ class ExactDPOTrainer(DPOTrainer):
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
-        score_answers(self.model.get_base_model(), packs=True)
+        score_answers(self.model.get_base_model())
         args = self.args
         seen = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
         # A sharded model can't be read before the training, whose start shards it: TRL reads it in every step.
@@ -93,15 +106,28 @@ class ExactDPOTrainer(DPOTrainer):
 class ExactGRPOTrainer(GRPOTrainer):
     """`trl.GRPOTrainer`, for an adapter, whose prompts get no token that their text doesn't have.
 
-    A group's prompt is read once where its replies are sampled, but not in the loss: the reference reads other batches
-    than the policy does. Packed otherwise the two would differ by rounding, and as long as no group has a reward to
-    learn from, Adam makes whole steps of what isn't zero.
+    A group's prompt is read once where its replies are sampled, and once in the loss. TRL shuffles the replies of a
+    step between reference and policy, which parts groups. Here they stay in order: a step's gradient is the same, where
+    replies are sampled for one step, and the two read the same batches, so that before anything is learnt they differ
+    by nothing. Of a difference by rounding Adam would make whole steps, as long as no group has a reward.
     """
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
-        score_answers(self.model.get_base_model(), packs=False)
+        score_answers(self.model.get_base_model())
         share_prefill(self.model.get_base_model())
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
         return self.processing_class(text=prompts, add_special_tokens=False)["input_ids"], None, {}
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Any]:
+        outputs = super()._generate_and_score_completions(inputs)
+        return outputs | {"place": torch.arange(len(outputs["prompt_ids"]))}
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before:
+            return inputs
+        self._buffered_inputs = in_order(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]

@@ -48,9 +48,12 @@ class Packed:
 
 
 def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Packed:
-    """Pack a batch of TRL's, each [rows, tokens] and padded on the right; ``labels`` are IGNORED for the prompt."""
+    """Pack a batch of TRL's, each [rows, tokens] and padded on either side; ``labels`` are IGNORED for the prompt."""
     device, (rows, tokens) = input_ids.device, input_ids.shape
-    read = attention_mask.bool()
+    # GRPO pads prompts on the left: each row is turned until it begins with its first token.
+    before = attention_mask.int().argmax(dim=1, keepdim=True)
+    turned = (torch.arange(tokens, device=device) + before) % tokens
+    input_ids, labels, read = (part.gather(1, turned) for part in (input_ids, labels, attention_mask.bool()))
     prompt = read & (labels != IGNORED).cumsum(dim=1).eq(0)
     group = torch.unique(input_ids.masked_fill(~prompt, SHARED), dim=0, return_inverse=True)[1]
     mates = group[:, None] == group
@@ -77,8 +80,16 @@ def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Te
         labels=packed(labels[:, 1:], IGNORED),
         owner=packed(torch.where(own < part, SHARED, torch.arange(rows, device=device)[:, None]), SHARED),
         group=group,
-        columns=columns.clamp(max=shape[1] - 1),
+        columns=columns.clamp(max=shape[1] - 1).gather(1, (own - before).clamp(min=0)),
     )
+
+
+def cost(input_ids: torch.Tensor, width: int) -> int:
+    """What reading ``input_ids`` [rows, tokens] costs a model of a ``width``, to compare: products, and attention.
+
+    A layer's products take some 24 * width^2 operations a token, attention by a mask 4 * width a token of a row.
+    """
+    return input_ids.numel() * (6 * width + input_ids.size(1))
 
 
 def can_share(config: Any) -> bool:
@@ -87,13 +98,14 @@ def can_share(config: Any) -> bool:
     return config.model_type in FAMILIES and config._attn_implementation in ATTENTION and not windows
 
 
-def score_answers(model: Any, packs: bool) -> None:
+def score_answers(model: Any) -> None:
     """Let ``model``, a causal language model with TRL's fused head, score answers only, and compute prompts once each.
 
     Called with TRL's batch, its forward returns what it did: per-token outputs [rows, tokens - 1], zero where nothing
-    is scored. Only the hidden states of scored tokens go through the head; on a CPU TRL sends all of them. Where it
-    ``packs``, the rows of a prompt are one. Replaced here, below PEFT and a launcher's wrapper, the forward serves
-    policy and reference. A model that can't (`can_share`) stays as it is.
+    is scored. Only the hidden states of scored tokens go through the head; on a CPU TRL sends all of them. Rows of one
+    prompt are read as one, unless that costs more. Replaced here, below PEFT and a launcher's wrapper, the forward
+    serves policy and reference: of one batch both read the same, and an adapter that says nothing differs by nothing.
+    A model that can't (`can_share`) stays as it is.
     """
     if not can_share(model.config):
         return
@@ -105,9 +117,8 @@ def score_answers(model: Any, packs: bool) -> None:
             return fused(*given, **named)
         ids, mask, labels = (named.pop(name) for name in ("input_ids", "attention_mask", "labels"))
         wanted = labels[:, 1:]
-        packed = pack(ids, mask, labels) if packs else None
-        # Attention by a mask costs length * length: long rests are cheaper in rows of their own.
-        if packed and packed.input_ids.numel() * packed.input_ids.size(1) < ids.numel() * ids.size(1):
+        packed, width = pack(ids, mask, labels), model.config.hidden_size
+        if cost(packed.input_ids, width) < cost(ids, width):
             named |= {"position_ids": packed.position_ids, "attention_mask": _mask(packed.sees, model)}
             outputs, place = _scored(model, fused, packed.input_ids, packed.labels, named)
             place = place[packed.group].gather(1, packed.columns)
