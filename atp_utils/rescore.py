@@ -7,7 +7,6 @@ rounds of that agent would have had another history: their recorded replies are 
 """
 
 import argparse
-import json
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,8 @@ from atp_utils.evolution import decisions, journal, loop
 from atp_utils.evolution.requests import Reply, Request
 from atp_utils.parameters import EVOLVE
 from atp_utils.scenarios.registry import SCENARIOS
-from atp_utils.support.manifest import MANIFEST
+from atp_utils.support.manifest import read_manifest
+from atp_utils.support.text import inert
 
 WHICH = ["seed", "item", "agent", "round"]
 READ = ["choice", "deviated", "valid", "p_deviate", "fault"]
@@ -65,8 +65,7 @@ def rescore(run: Path, parser: Parser | None = None) -> tuple[pd.DataFrame, pd.D
     ``cause`` of a difference is "reading" where the chat is the recorded one, else "history". Raises ValueError where
     the code's prompts aren't those that the record was asked with.
     """
-    before = pd.read_parquet(run / journal.DECISIONS)
-    facts = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
+    before, facts = journal.read_table(run), read_manifest(run)
     [name] = before["scenario"].unique()
     given = parameters.check(EVOLVE[name], facts["settings"] | {"data": str(_data(run, name, facts["settings"]))})
     replay = Replay(journal.record_of(run), facts["identity"])
@@ -111,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
             counts = f"{causes.get('reading', 0)} read otherwise, {causes.get('history', 0)} behind another history"
             print(f"{shown(run)}: {len(now)} decisions, {counts if len(changed) else 'the same'}")
             if len(changed):
-                print(changed.to_string(index=False))
+                print(inert(changed.to_string(index=False)))
             differ |= len(changed) > 0
     except (FileNotFoundError, KeyError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

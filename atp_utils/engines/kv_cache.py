@@ -16,6 +16,9 @@ from atp_utils.models.chat_template import common_prefix
 ATTENDING = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 
 
+ROOM = 64  # tokens beside an eighth of those that are there
+
+
 class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` [rows, heads, tokens, width] whose tensors are views of buffers with room for more tokens.
 
@@ -38,7 +41,7 @@ class GrowingLayer(DynamicLayer):
         end = start + new.shape[-2]
         buffer = self._buffers[place]
         if buffer is None or buffer.shape[-2] < end:
-            buffer = new.new_empty((*new.shape[:-2], end + 64 + end // 8, new.shape[-1]))
+            buffer = new.new_empty((*new.shape[:-2], end + ROOM + end // 8, new.shape[-1]))
             if start:
                 buffer[..., :start, :] = held
             self._buffers[place] = buffer
@@ -60,6 +63,11 @@ class KeptChats:
     def __init__(self, limit: float):
         self.limit, self.bytes = limit, 0
         self.chats: OrderedDict[str, tuple[list[int], torch.Tensor]] = OrderedDict()
+
+    def clear(self) -> None:
+        """Forget all chats."""
+        self.chats.clear()
+        self.bytes = 0
 
     def find(self, messages: Sequence[Message], ids: list[int], most: int) -> torch.Tensor | None:
         """Keys and values [layers, 2, heads, tokens, width] of the longest kept beginning of ``ids``.
@@ -91,6 +99,14 @@ class KeptChats:
         self.bytes += values.nbytes
         while self.bytes > self.limit:
             self.bytes -= self.chats.popitem(last=False)[1][1].nbytes
+
+
+def token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token of a model with this configuration."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return text.num_hidden_layers * 2 * heads * width * dtype.itemsize
 
 
 def check_attention(name: str, config: Any) -> None:

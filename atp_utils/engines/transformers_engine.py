@@ -7,6 +7,7 @@ Floating-point sums depend on the batch's shape, so log-probabilities repeat to 
 to the bit.
 """
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +19,16 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
 from atp_utils import models
-from atp_utils.engines.kv_cache import KeptChats, check_attention, context_length, growing_cache
+from atp_utils.engines.kv_cache import ROOM, KeptChats, check_attention, context_length, growing_cache, token_bytes
 from atp_utils.engines.next_token import processors
 from atp_utils.evolution.parsing import prompted_thinking
 from atp_utils.evolution.requests import Reply, Request, Sampling, collapse
+from atp_utils.models import weights_memory
 from atp_utils.models.chat_template import common_prefix, decode, encode, render, tokenised, turn_end
 from atp_utils.support.code_digest import PACKAGE, code_of
+
+# A batch holds keys and values of at most so many times ``batch_tokens`` tokens, its histories and replies included.
+HELD = 16
 
 
 @dataclass
@@ -45,6 +50,16 @@ class _Row:
     @property
     def new(self) -> int:
         return len(self.ids) - (0 if self.kept is None else self.kept.shape[-2])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the chat with its longest option, or the longest reply."""
+        return len(self.ids) + max(map(len, self.tails), default=self.request.sampling.max_new_tokens)
+
+    @property
+    def size(self) -> float:
+        """What it counts in a batch of ``batch_tokens``: its new tokens, or the share of those that are held."""
+        return max(self.new, (self.longest + ROOM) / HELD)
 
 
 class TransformersEngine:
@@ -81,8 +96,12 @@ class TransformersEngine:
 
     @cached_property
     def model(self):
-        """The loaded model."""
-        return self._load()
+        """The loaded model; what is left of memory may bound batches and kept chats further."""
+        model = self._load()
+        left = weights_memory.free_bytes(all_gpus=True)[0] / 2
+        most = int(left / (HELD * 9 / 8 * token_bytes(model.config, model.dtype)))
+        self.batch_tokens, self._kept.limit = max(1, min(self.batch_tokens, most)), min(self._kept.limit, left / 2)
+        return model
 
     @torch.inference_mode()
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
@@ -96,26 +115,50 @@ class TransformersEngine:
         kinds: dict[int | Sampling, list[_Row]] = {}
         for row in sorted(rows, key=lambda row: len(row.ids)):
             sampling = row.request.sampling
-            if len(row.ids) + max(map(len, row.tails), default=sampling.max_new_tokens) > self.context:
+            if row.longest > self.context:
                 yield from ((index, Reply("", len(row.ids) - row.shared, 0, "context")) for index in row.indices)
             else:
                 kinds.setdefault(len(row.tails) or sampling, []).append(row)
         for batch in (batch for kind in kinds.values() for batch in self._batches(kind)):
-            outcomes = self._choose(batch) if batch[0].tails else self._generate(batch)
+            outcomes = self._outcomes(batch)
             self.answered += len(batch)
             for row, outcome in zip(batch, outcomes, strict=True):
                 row.kept = None
                 yield from ((index, outcome) for index in row.indices)
 
     def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-        batch, fresh = [], 0
+        batch, size = [], 0.0
         for row in rows:
-            fresh = max(fresh, row.new)
-            if batch and fresh * (len(batch) + 1) > self.batch_tokens:
+            size = max(size, row.size)
+            if batch and size * (len(batch) + 1) > self.batch_tokens:
                 yield batch
-                batch, fresh = [], row.new
+                batch, size = [], row.size
             batch.append(row)
         yield batch
+
+    def _outcomes(self, batch: list[_Row]) -> list[Reply]:
+        """The batch's replies; where memory runs out those of its halves, and later batches are no larger than these.
+
+        Raises MemoryError where it doesn't do for one chat, all kept ones being forgotten.
+        """
+        try:
+            return self._choose(batch) if batch[0].tails else self._generate(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not weights_memory.ran_out(error):
+                raise
+            if len(batch) == 1 and batch[0].kept is None and not self._kept.chats:
+                advice = "take a shorter history (history_window), a smaller model or a larger machine"
+                raise MemoryError(f"no room for a chat of {batch[0].longest} tokens ({error}): {advice}") from error
+        # Here the error is gone, and with it what its frames held.
+        if len(batch) == 1:
+            self._kept.clear()
+            batch[0].kept = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        half = (len(batch) + 1) // 2
+        self.batch_tokens = min(self.batch_tokens, max(row.size for row in batch) * half)
+        return [reply for part in (batch[:half], batch[half:]) if part for reply in self._outcomes(part)]
 
     def _row(self, request: Request, indices: Sequence[int] = ()) -> _Row:
         opening = ""

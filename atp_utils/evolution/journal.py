@@ -19,6 +19,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from atp_utils.support.manifest import MANIFEST, made_by
 REPLIES, DECISIONS = "replies.jsonl", "decisions.parquet"
 # What a run is, in its table.
 RUN = ["scenario", "model", "condition", "arm", "training_seed"]
+ROLES = {"system", "user", "assistant"}
 _REQUEST = ("key", "seed", "options", "sampling", "chat")
 
 
@@ -48,24 +50,32 @@ class Record:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def request(self, digest: str) -> Request:
-        """The request that a reply answers; raises ValueError where the journal doesn't hold it."""
+        """The request that a reply answers; raises ValueError where the journal doesn't hold it whole."""
         asked, chat = self.asked[digest], []
         if "chat" not in asked:
             raise ValueError(f"the reply {digest} was recorded without its request")
-        place = asked["chat"]
-        while place:
-            place, message = self.messages[place]
-            chat.insert(0, message)
-        sampling = Sampling(**asked["sampling"]) if "sampling" in asked else Sampling()
-        return Request(asked["key"], tuple(chat), asked["seed"], tuple(asked.get("options", ())), sampling)
+        try:
+            place = asked["chat"]
+            while place:
+                place, message = self.messages[place]
+                chat.append(message)
+                if len(chat) > len(self.messages):
+                    raise ValueError("a message stands before itself")
+            sampling = Sampling(**asked["sampling"]) if "sampling" in asked else Sampling()
+            options = tuple(asked.get("options", ()))
+            return Request(asked["key"], tuple(chat[::-1]), asked["seed"], options, sampling)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the request of the reply {digest} isn't whole: {error}") from None
 
     def add(self, line: bytes) -> None:
         """Take in a line of JSON; raises KeyError, TypeError or ValueError for one that is no journal's."""
         entry = json.loads(line.decode("utf-8", "surrogatepass"))
         if "message" in entry:
+            if entry["role"] not in ROLES or not isinstance(entry["content"], str):
+                raise ValueError("a message needs a known role and a text")
             self.messages[entry["message"]] = entry["before"], {name: entry[name] for name in ("role", "content")}
         elif "tool" in entry:
-            self.results[entry["tool"]] = entry["result"]
+            self.results[entry["tool"]] = dict(entry["result"])
         else:
             digest = entry["digest"]
             self.asked[digest] = {name: entry.pop(name) for name in _REQUEST if name in entry}
@@ -77,9 +87,12 @@ class Record:
 def read_record(path: Path, *, repair: bool = False) -> Record:
     """The record in a journal's file, plain or ``.gz``; ``repair`` cuts off a torn last line.
 
-    Raises ValueError with the number of a line that is damaged.
+    Raises ValueError with the number of a line that is damaged, or naming a ``.gz`` that can't be unpacked.
     """
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{shown(path)} is damaged: {error}") from None
     whole = content.rfind(b"\n") + 1
     if repair and whole < len(content):
         os.truncate(path, whole)
@@ -224,13 +237,25 @@ def record_of(run: Path) -> Record:
     return read_record(next(path for path in (run / REPLIES, run / f"{REPLIES}.gz") if path.is_file()))
 
 
+def read_table(run: Path) -> pd.DataFrame:
+    """The decisions of a run; raises ValueError naming a file that is no table of decisions."""
+    try:
+        table = pd.read_parquet(run / DECISIONS)
+        lacking = {*RUN, "item", "round", "valid", "reply"} - set(table.columns)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{shown(run / DECISIONS)} is damaged: {error}") from None
+    if lacking:
+        raise ValueError(f"{shown(run / DECISIONS)}: no table of decisions (columns {', '.join(sorted(lacking))} lack)")
+    return table
+
+
 def read_decisions(folder: Path) -> pd.DataFrame:
     """Decisions of every complete run below ``folder``, one table; incomplete runs are left out.
 
     Raises FileNotFoundError where there is none, and ValueError where two are of one policy in one condition: counted
     twice, its decisions would pass for more.
     """
-    parts = {run / DECISIONS: pd.read_parquet(run / DECISIONS) for run in complete_runs(folder)}
+    parts = {run / DECISIONS: read_table(run) for run in complete_runs(folder)}
     if not parts:
         raise FileNotFoundError(f"{shown(folder)} holds no complete run (a folder with {DECISIONS} and {MANIFEST})")
     seen: dict[tuple, Path] = {}

@@ -4,7 +4,6 @@ A model is an embedded one (`embedded.registry`; no hub is needed), any Hugging 
 read from safetensors only, and code that comes with a model is never run.
 """
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from atp_utils import resolve, shown
 from atp_utils.models import chat_template, embedded, precisions, weights_memory
 from atp_utils.models.digests import adapter_digest, folder_digest
+from atp_utils.support import files
 
 EMBEDDED = "smollm2-135m"
 
@@ -156,6 +156,6 @@ def check_adapter(folder: Path, base: str) -> None:
         raise FileNotFoundError(
             f"{shown(folder)} is no LoRA adapter (adapter_config.json and adapter_model.safetensors expected)"
         )
-    trained_on = json.loads(path.read_text())["base_model_name_or_path"]
+    trained_on = files.read_json(path).get("base_model_name_or_path")
     if trained_on != base:
         raise ValueError(f"{shown(folder)} is an adapter of {trained_on!r}, not of {base!r}")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from transformers.utils import CHAT_TEMPLATE_DIR
 
+from atp_utils.support import files
+
 # What a folder holds beside a model: papers about it, other libraries' weights, what a training leaves behind. A file
 # that is none of these counts: answering anew is dear, but old answers under a changed model are wrong.
 NO_PART = {".md", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".png", ".jpg", ".pdf", ".log", ".csv"}
@@ -56,9 +58,9 @@ def _parts(folder: Path) -> Iterator[Path]:
 def _content(path: Path) -> str:
     if path.name == "generation_config.json":
         # The engine takes from it which tokens end a reply, and nothing else.
-        return json.dumps(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+        return json.dumps(files.read_json(path).get("eos_token_id"))
     if path.name in ("config.json", "adapter_config.json"):
-        return json.dumps(_settings(json.loads(path.read_text(encoding="utf-8"))), sort_keys=True)
+        return json.dumps(_settings(files.read_json(path)), sort_keys=True)
     return sha256(path)
 
 

@@ -1,6 +1,5 @@
 """An evolution notebook's run, from its parameters to the finished table of decisions."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from atp_utils.evolution.requests import Engine
 from atp_utils.parameters import EVOLVE
 from atp_utils.runs import Run
 from atp_utils.support import folders, progress
-from atp_utils.support.manifest import MANIFEST
+from atp_utils.support.manifest import MANIFEST, read_manifest
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def begin(scenario: str, namespace: Mapping[str, Any]) -> Evolving:
 def _journal(run: Run, identity: str) -> Journal:
     """The journal in the run's folder, of which a finished run has one identity."""
     manifest = run.out / MANIFEST
-    before = json.loads(manifest.read_text(encoding="utf-8"))["identity"] if manifest.is_file() else identity
+    before = read_manifest(run.out).get("identity") if manifest.is_file() else identity
     if before != identity and not run.parameters.overwrite:
         raise FileExistsError(
             f"{shown(run.out)} holds a finished run of {before!r}, asked was {identity!r}: name another folder by out, "

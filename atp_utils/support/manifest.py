@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from atp_utils import ROOT
+from atp_utils.support import files
 
 MANIFEST = "manifest.json"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in ``folder``; raises what `files.read_json` does."""
+    return files.read_json(folder / MANIFEST)
+
+
 PACKAGES = ("torch", "transformers", "trl", "peft", "openai", "pandas", "pydantic")
 
 
