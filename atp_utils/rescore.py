@@ -21,7 +21,6 @@ from atp_utils.evolution import decisions, journal, loop
 from atp_utils.evolution.requests import Reply, Request
 from atp_utils.parameters import EVOLVE
 from atp_utils.scenarios.registry import SCENARIOS
-from atp_utils.support.manifest import read_manifest
 from atp_utils.support.text import inert
 
 WHICH = ["seed", "item", "agent", "round"]
@@ -65,17 +64,19 @@ def rescore(run: Path, parser: Parser | None = None) -> tuple[pd.DataFrame, pd.D
     ``cause`` of a difference is "reading" where the chat is the recorded one, else "history". Raises ValueError where
     the code's prompts aren't those that the record was asked with.
     """
-    before, facts = journal.read_table(run), read_manifest(run)
-    [name] = before["scenario"].unique()
-    given = parameters.check(EVOLVE[name], facts["settings"] | {"data": str(_data(run, name, facts["settings"]))})
-    replay = Replay(journal.record_of(run), facts["identity"])
+    before, facts = journal.read_table(run), journal.facts_of(run)
+    name, *others = before["scenario"].unique()
+    if others or name not in SCENARIOS:
+        raise ValueError(f"{shown(run)} is of no scenario that is known here ({name!r})")
+    given = parameters.check(EVOLVE[name], facts.settings | {"data": str(_data(run, name, facts.settings))})
+    replay = Replay(journal.record_of(run), facts.identity)
     scenario, ways = SCENARIOS[name], replace(given.protocol_of(), **({"parse": parser} if parser else {}))
     with scenario.episodes(scenario.test_items(given), given, ways, replay) as (episodes, _):
         rows = loop.run(episodes, replay, replay)
     if replay.strange and parser is None:
         raise ValueError(
             f"{shown(run)}: {len(replay.strange)} chats, such as {min(replay.strange.values())}, aren't in the record: "
-            f"its prompts are those of commit {facts['commit']}"
+            f"its prompts are those of commit {facts.commit}"
         )
     now = decisions.to_frame(rows, model=given.model, arm=given.arm, training_seed=given.training_seed)
     return now, _changed(now, before, set(replay.strange))
@@ -93,7 +94,9 @@ def _changed(now: pd.DataFrame, before: pd.DataFrame, strange: set[str]) -> pd.D
 def _data(run: Path, scenario: str, settings: dict[str, Any]) -> Path:
     """The folder of the prompts that a run was asked with: beside its evolutions, as it is published, or as it says."""
     beside = (parent / "data" for parent in run.parents)
-    return next((data for data in beside if (data / scenario / "test.jsonl").is_file()), resolve(settings["data"]))
+    return next(
+        (data for data in beside if (data / scenario / "test.jsonl").is_file()), resolve(settings.get("data", "data"))
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,8 +12,7 @@ import pandas as pd
 
 from atp_utils import resolve
 from atp_utils.analysis import stats
-from atp_utils.evolution.journal import complete_runs, read_table
-from atp_utils.support.manifest import read_manifest
+from atp_utils.evolution.journal import complete_runs, facts_of, read_table
 
 PAPER = Path("data/paper/table2_tool_use.csv")
 GRID = 24  # every published accuracy is a multiple of 1/24, rounded to a whole per cent
@@ -194,10 +193,10 @@ def tool_events(results: Path) -> pd.DataFrame:
     """
     rows = []
     for run in complete_runs(results):
-        facts = read_manifest(run)
-        if "tool_events" in facts:
+        facts = facts_of(run)
+        if facts.tool_events:
             [model] = read_table(run)["model"].unique()
-            rows += [{"model": model, "arm": facts["settings"]["arm"], **event} for event in facts["tool_events"]]
+            rows += [{"model": model, "arm": facts.settings["arm"], **event} for event in facts.tool_events]
     if not rows:
         return pd.DataFrame()
     counts = pd.DataFrame(rows).pivot_table(

@@ -84,7 +84,8 @@ class TransformersEngine:
         cache_bytes: float = 6e9,
     ):
         code = code_of(f"{PACKAGE}/engines/transformers_engine.py")
-        self.identity = f"{models.identity(name, adapter, dtype)}|code={code[:16]}"
+        parts = models.made_of(name, adapter, dtype)
+        self.identity, self.made_of = f"{models.short(parts)}|code={code[:16]}", parts | {"code": code}
         config = models.read_config(name)
         check_attention(name, config)
         self.context = context_length(config)

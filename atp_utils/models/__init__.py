@@ -5,7 +5,7 @@ read from safetensors only, and code that comes with a model is never run.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -114,24 +114,34 @@ def _in_one_piece(_: Any, given: tuple) -> tuple:
     return (hidden.contiguous(), *rest)
 
 
-def identity(name: str, adapter: str | Path | None = None, dtype: str | torch.dtype = "auto") -> str:
-    """What a reply depends on besides its request, without loading weights.
+def made_of(name: str, adapter: str | Path | None = None, dtype: str | torch.dtype = "auto") -> dict[str, str]:
+    """What a reply depends on besides its request, without loading weights: full hashes by part.
 
     The model's files (a hub model's revision), the precision, the chat template with what it makes of a chat, and the
-    adapter.
+    adapter, if one is given.
     """
     source = locate(name)
     revision = folder_digest(Path(source)) if Path(source).is_dir() else read_config(name)._commit_hash
-    parts = [
-        name,
-        str(revision),
-        precisions.name_of(dtype),
-        chat_template.fingerprint(load_tokenizer(name)),
-    ]
+    parts = {
+        "name": name,
+        "weights": str(revision),
+        "precision": precisions.name_of(dtype),
+        "template": chat_template.fingerprint(load_tokenizer(name)),
+    }
     if adapter is not None:
         check_adapter(resolve(adapter), name)
-        parts.append(adapter_digest(resolve(adapter)))
-    return "|".join(parts)
+        parts["adapter"] = adapter_digest(resolve(adapter))
+    return parts
+
+
+def short(parts: Mapping[str, str]) -> str:
+    """An identity that people can read, of what `made_of` says: 16 characters a SHA-256."""
+    return "|".join(value[:16] if len(value) == 64 and name != "name" else value for name, value in parts.items())
+
+
+def identity(name: str, adapter: str | Path | None = None, dtype: str | torch.dtype = "auto") -> str:
+    """What `made_of` says, `short`."""
+    return short(made_of(name, adapter, dtype))
 
 
 def read_config(name: str) -> Any:

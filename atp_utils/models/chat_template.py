@@ -115,11 +115,11 @@ def turn_end(tokenizer: Any) -> int:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Hash (16 hex characters) of the template and of what it makes of a chat, the fixed date included."""
+    """SHA-256 (hexadecimal) of the template and of what it makes of a chat, the fixed date included."""
     template = tokenizer.get_chat_template()
     chat = _PROBE if _takes_system(tokenizer, template) else _folded(_PROBE)
     text = json.dumps([template, DATE, _applied(tokenizer, chat, True)])
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

@@ -19,7 +19,7 @@ NO_SETTINGS = {"transformers_version", "peft_version", "_name_or_path", "dtype",
 
 
 def folder_digest(folder: Path) -> str:
-    """16 hex characters over the files of a model's ``folder``: weights, configuration, tokenizer and templates.
+    """SHA-256 (hexadecimal) over the files of a model's ``folder``: weights, configuration, tokenizer and templates.
 
     Names count and paths don't, so that a copy is the same model.
     """
@@ -27,7 +27,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def adapter_digest(folder: Path) -> str:
-    """16 hex characters over an adapter's weights and its configuration, which scales them."""
+    """SHA-256 (hexadecimal) over an adapter's weights and its configuration, which scales them."""
     return _joined((name, _content(folder / name)) for name in ("adapter_config.json", "adapter_model.safetensors"))
 
 
@@ -44,7 +44,7 @@ def _sha256(path: Path, *_: int) -> str:
 
 
 def _joined(parts: Iterator[tuple[str, str]]) -> str:
-    return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()
 
 
 def _parts(folder: Path) -> Iterator[Path]:
