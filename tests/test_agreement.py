@@ -1,14 +1,20 @@
-"""Runs that disagree in what must agree stand in no figure together."""
+"""What a manifest says of a run, and that runs which disagree in what must agree stand in no figure together."""
 
+import hashlib
 import json
+import re
 import shutil
 
 import pandas as pd
 import pytest
 
-from atp_utils import resolve
+from atp_utils import models, resolve
 from atp_utils.analysis import gallery
-from atp_utils.evolution import journal
+from atp_utils.evolution import journal, loop
+from atp_utils.evolution.protocol import Protocol, Question, decide
+from atp_utils.evolution.requests import Reply
+from atp_utils.parameters import model_of
+from atp_utils.runs import evolving
 
 RECORD = resolve("data/results/quick/evolution")
 
@@ -85,3 +91,66 @@ def test_a_figure_names_its_runs(runs, tmp_path):
     assert STANDARD in svg and OTHER not in svg
     assert gallery.source_of(pd.DataFrame({"run": ["b", "a", "b"]})) == " From the runs a, b."
     assert gallery.source_of(pd.DataFrame({"x": [1]})) == ""
+
+
+def test_a_manifest_says_all_that_made_a_run(tiny, tmp_path):
+    given = {"model": tiny["qwen3"], "items": 2, "rounds": 2, "seeds": [3], "out": str(tmp_path / "run")}
+    table = evolving.begin("role_play", given).play()
+    facts = journal.facts_of(tmp_path / "run").model_dump()
+    made = facts["made_of"]
+    assert all(re.fullmatch("[0-9a-f]{64}", made[name]) for name in ("weights", "template", "code"))
+    assert made["precision"] in ("float32", "bfloat16") and made["precision"] in facts["identity"]
+    assert facts["identity"] == f"{models.short({k: made[k] for k in made if k != 'code'})}|code={made['code'][:16]}"
+    assert facts["settings"]["seeds"] == [3] and len(facts["settings"]) == len(
+        model_of("04_evolve_role_play").model_fields
+    )
+    assert facts["prompts"] == hashlib.sha256(resolve("data/role_play/test.jsonl").read_bytes()).hexdigest()
+    counts, tokens = facts["counts"], facts["tokens"]
+    assert (counts["decisions"], counts["valid"], counts["invalid"], counts["retried"], counts["cut"]) == (
+        4,
+        4,
+        0,
+        0,
+        0,
+    )
+    assert tokens == {"prompts": table["prompt_tokens"].sum(), "replies": table["completion_tokens"].sum()}
+    assert facts["mass"] == pytest.approx({"mean": table["mass"].mean(), "least": table["mass"].min()})
+    assert {"torch", "numpy", "transformers", "pandas"} <= facts["packages"].keys()
+    assert facts["memory_gib"] > 0 and facts["cores"] > 0 and isinstance(facts["gpus"], list) and facts["python"]
+    assert facts["started"] <= facts["finished"] and facts["seconds"] >= 0 and "commit" in facts
+
+
+def test_retries_and_replies_that_were_cut_are_counted(tmp_path):
+    """Of two decisions one is read at the second attempt, the other is cut off in both."""
+    texts = iter(["?", '{"choice": "A"}'])
+
+    class Writer:
+        identity = "writer"
+
+        def answer(self, requests):
+            for index, request in enumerate(requests):
+                cut = "cut" in request.key
+                yield index, Reply("so" if cut else next(texts), 5, 2, "length" if cut else "stop")
+
+    def episode(name):
+        asked = Question((name,), ({"role": "user", "content": name},), ("A", "B"))
+        return (yield from decide([asked], Protocol("reason", max_attempts=2)))
+
+    with journal.Journal(tmp_path) as record:
+        choices = [choice for [choice] in loop.run_all([episode("read"), episode("cut")], Writer(), record)]
+        rows = [
+            {"valid": c.option is not None, "attempts": c.attempts, "mass": c.mass, "fault": c.fault} for c in choices
+        ]
+        record.finish(pd.DataFrame(rows).astype({"fault": "string"}), {}, "writer")
+    facts = json.loads((tmp_path / "manifest.json").read_text())
+    expected = {
+        "decisions": 2,
+        "valid": 1,
+        "invalid": 1,
+        "retried": 2,
+        "cut": 2,
+        "replies_used": 4,
+        "faults": {"cut": 1},
+    }
+    assert expected.items() <= facts["counts"].items()
+    assert facts["tokens"] == {"prompts": 20, "replies": 8} and facts["mass"] is None
