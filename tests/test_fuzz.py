@@ -351,7 +351,7 @@ def _yaml(path):
 
 # name -> (file, content, reader)
 ALIASES = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n" for i in range(30))
-SEEDS = f"conditions: {{role_play: [{', '.join(map(str, range(30_000)))}]}}"
+SEEDS = f"conditions: {{role_play: [{', '.join(map(str, range(15_000)))}]}}"
 LARGE = {
     "items": ("t.jsonl", b'{"id": "' + b"x" * SIZE + b'"}\n', _items),
     "items, many lines": ("t.jsonl", b"{}\n" * (SIZE // 3), _items),
@@ -359,7 +359,7 @@ LARGE = {
     "journal, deep": ("r.jsonl", b"[" * SIZE + b"\n", journal.read_record),
     "manifest": ("m.json", b'{"a": ' + b'{"a":' * (SIZE // 5), files.read_json),
     "profile": ("p.yaml", b"a: [1, 2]\n" * (SIZE // 10), _yaml),
-    "largest profile": ("p.yaml", b"".join(b"k%d: {a: [1, 2]}\n" % i for i in range(13_000)), _yaml),
+    "largest profile": ("p.yaml", b"".join(b"k%d: {a: [1, 2]}\n" % i for i in range(6_500)), _yaml),
     "many aliases": ("p.yaml", ALIASES.encode(), _yaml),
     "many seeds": ("p.yaml", SEEDS.encode(), lambda path: parameters.read_profile(str(path))),
 }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from atp_utils.evolution.requests import Message
@@ -102,11 +103,18 @@ class KeptChats:
 
 
 def token_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one token of a model with this configuration."""
+    """Bytes of the keys and values of one token of a model with this configuration; an estimate where layers differ."""
     text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = _told(text, "num_key_value_heads", text.num_attention_heads)
+    width = _told(text, "head_dim", text.hidden_size // text.num_attention_heads)
     return text.num_hidden_layers * 2 * heads * width * dtype.itemsize
+
+
+def _told(config: Any, name: str, otherwise: int) -> int:
+    try:
+        return getattr(config, name, None) or otherwise
+    except AmbiguousGlobalPerLayerAttributeError:  # Gemma 4's layers have several
+        return otherwise
 
 
 def check_attention(name: str, config: Any) -> None:

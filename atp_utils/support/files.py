@@ -18,9 +18,11 @@ from atp_utils import shown
 
 Model = TypeVar("Model", bound=BaseModel)
 # Bytes of a YAML file, which is read by a slow reader: ten times what any of ours has.
-LARGEST_YAML = 1 << 18
+LARGEST_YAML = 1 << 17
 # Bytes of a name: file systems take 255, and figures and locks add to it.
 LONGEST_NAME = 180
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3  # YAML's aliases may nest what a line names to any depth
 # What reading YAML raises: its constructors pass on what int, float and datetime make of strange numbers and dates.
 _NO_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
@@ -173,6 +175,6 @@ def explain(error: ValidationError, quoted: bool = True) -> str:
 def _beginning(value: Any) -> str:
     """The first characters of a value, without writing out all of what may be huge (YAML's aliases)."""
     try:
-        return (value if isinstance(value, str) else reprlib.repr(value))[:80]
+        return (value if isinstance(value, str) else _SHORT.repr(value))[:80]
     except ValueError:  # a number of more digits than Python writes out
         return f"a huge {type(value).__name__}"
