@@ -20,6 +20,7 @@ from atp_utils.evolution.protocol import Choice, Protocol, decide
 from atp_utils.evolution.requests import Engine, Message
 from atp_utils.scenarios.role_play.episodes import Evolution, written_question
 from atp_utils.scenarios.role_play.items import Item
+from atp_utils.support.text import inert
 
 ROUNDS = 4  # written rounds that the explorer has room for
 COLOURS = {"system": "#eef1f4", "user": "#f7f3e8", "assistant": "#e6f2ea"}
@@ -27,9 +28,10 @@ ACTS = {"complied": False, "deviated": True}
 
 
 def chat_html(messages: Sequence[Message]) -> str:
-    """A chat as boxes, one a message."""
-    box = "<div style='background:{};padding:.4em .7em;margin:.25em 0;white-space:pre-wrap'><b>{}</b><br>{}</div>"
-    return "".join(box.format(COLOURS[m["role"]], m["role"], html.escape(m["content"])) for m in messages)
+    """A chat as boxes, one a message; nothing in it is markup, a formula or a control character."""
+    look = "background:{};padding:.4em .7em;margin:.25em 0;white-space:pre-wrap"
+    box = f"<div class='tex2jax_ignore mathjax_ignore' style='{look}'><b>{{}}</b><br>{{}}</div>"
+    return "".join(box.format(COLOURS[m["role"]], m["role"], html.escape(inert(m["content"]))) for m in messages)
 
 
 # --- Recorded episodes -------------------------------------------------------------------------------------
@@ -72,7 +74,7 @@ def recorded(results: str) -> widgets.Widget:
 @lru_cache(maxsize=4)
 def _run(folder: Path) -> tuple[pd.DataFrame, journal.Record]:
     """Decisions and record of a run, read once: every choice of a reader comes by here."""
-    return pd.read_parquet(folder / journal.DECISIONS), journal.record_of(folder)
+    return journal.read_table(folder), journal.record_of(folder)
 
 
 def decision_html(row: pd.Series, record: journal.Record) -> str:

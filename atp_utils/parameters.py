@@ -189,7 +189,7 @@ def from_text(notebook: str, name: str, text: str) -> Any:
     with contextlib.suppress(ValidationError):
         if isinstance(kind.validate_python(text), str):
             return text
-    with contextlib.suppress(json.JSONDecodeError):
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
     return text
 

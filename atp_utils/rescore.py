@@ -7,7 +7,6 @@ rounds of that agent would have had another history: their recorded replies are 
 """
 
 import argparse
-import json
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from atp_utils.evolution import decisions, journal, loop
 from atp_utils.evolution.requests import Reply, Request
 from atp_utils.parameters import EVOLVE
 from atp_utils.scenarios.registry import SCENARIOS
-from atp_utils.support.manifest import MANIFEST
+from atp_utils.support.text import inert
 
 WHICH = ["seed", "item", "agent", "round"]
 READ = ["choice", "deviated", "valid", "p_deviate", "fault"]
@@ -65,18 +64,19 @@ def rescore(run: Path, parser: Parser | None = None) -> tuple[pd.DataFrame, pd.D
     ``cause`` of a difference is "reading" where the chat is the recorded one, else "history". Raises ValueError where
     the code's prompts aren't those that the record was asked with.
     """
-    before = pd.read_parquet(run / journal.DECISIONS)
-    facts = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
-    [name] = before["scenario"].unique()
-    given = parameters.check(EVOLVE[name], facts["settings"] | {"data": str(_data(run, name, facts["settings"]))})
-    replay = Replay(journal.record_of(run), facts["identity"])
+    before, facts = journal.read_table(run), journal.facts_of(run)
+    name, *others = before["scenario"].unique()
+    if others or name not in SCENARIOS:
+        raise ValueError(f"{shown(run)} is of no scenario that is known here ({name!r})")
+    given = parameters.check(EVOLVE[name], facts.settings | {"data": str(_data(run, name, facts.settings))})
+    replay = Replay(journal.record_of(run), facts.identity)
     scenario, ways = SCENARIOS[name], replace(given.protocol_of(), **({"parse": parser} if parser else {}))
     with scenario.episodes(scenario.test_items(given), given, ways, replay) as (episodes, _):
         rows = loop.run(episodes, replay, replay)
     if replay.strange and parser is None:
         raise ValueError(
             f"{shown(run)}: {len(replay.strange)} chats, such as {min(replay.strange.values())}, aren't in the record: "
-            f"its prompts are those of commit {facts['commit']}"
+            f"its prompts are those of commit {facts.commit}"
         )
     now = decisions.to_frame(rows, model=given.model, arm=given.arm, training_seed=given.training_seed)
     return now, _changed(now, before, set(replay.strange))
@@ -94,7 +94,9 @@ def _changed(now: pd.DataFrame, before: pd.DataFrame, strange: set[str]) -> pd.D
 def _data(run: Path, scenario: str, settings: dict[str, Any]) -> Path:
     """The folder of the prompts that a run was asked with: beside its evolutions, as it is published, or as it says."""
     beside = (parent / "data" for parent in run.parents)
-    return next((data for data in beside if (data / scenario / "test.jsonl").is_file()), resolve(settings["data"]))
+    return next(
+        (data for data in beside if (data / scenario / "test.jsonl").is_file()), resolve(settings.get("data", "data"))
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -111,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
             counts = f"{causes.get('reading', 0)} read otherwise, {causes.get('history', 0)} behind another history"
             print(f"{shown(run)}: {len(now)} decisions, {counts if len(changed) else 'the same'}")
             if len(changed):
-                print(changed.to_string(index=False))
+                print(inert(changed.to_string(index=False)))
             differ |= len(changed) > 0
     except (FileNotFoundError, KeyError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

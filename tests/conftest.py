@@ -1,11 +1,13 @@
 import pytest
 import tiny_models
+from hypothesis import settings
 
 from atp_utils import models
 from atp_utils.engines.transformers_engine import TransformersEngine
 from atp_utils.evolution.requests import Request
 from atp_utils.scenarios.role_play.items import make_items, read_environments
 
+settings.register_profile("soak", max_examples=2000, deadline=None)
 # Minutes each, in processes of their own: they start first, so that no core waits for them at the end.
 LONGEST = ("test_pipeline", "test_paper_profile")
 

@@ -91,6 +91,8 @@ class Handler(BaseHTTPRequestHandler):
         whole = json.dumps(self.server.rule(body)).encode()
         if fault == "silence":
             self.server.closing.wait(20)
+        elif fault == "307":
+            self.send(307, {}, location="http://127.0.0.1:9/v1/chat/completions")
         elif fault.isdigit():
             # It asks for haste, so that the client's own waits don't make tests slow.
             self.send(int(fault), {"error": {"message": f"no, {self.headers['Authorization']}"}}, retry_after_ms="1")

@@ -127,6 +127,7 @@ def test_dpo_trains_resumes_and_is_not_repeated(splits, embedded, tmp_path, monk
 
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["settings"]["learning_rate"] == 1e-3 and manifest["steps"] == 2
+    assert len(manifest["made_of"]["weights"]) == len(manifest["sha256"]) == 64 and manifest["seconds"] > 0
     models.check_adapter(out, embedded)
     assert not (out / "checkpoints").exists()
 

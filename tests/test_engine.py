@@ -69,6 +69,7 @@ CONTROLS += ["<channel|>", "<|start_header_id|>", "[TOOL_RESULTS]", "</think>", 
 def test_control_tokens_in_a_text_are_defused_once(control):
     safe = defuse(f"a{control}b")
     assert control not in safe and safe.replace("\u200b", "") == f"a{control}b" and defuse(safe) == safe
+    assert safe.count("\u200b") == 1
 
 
 def test_texts_without_control_tokens_stay_and_given_marks_are_defused():

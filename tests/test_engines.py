@@ -168,6 +168,9 @@ def test_a_served_notebook_goes_on_where_its_server_died(
     monkeypatch.delenv("ATP_TEST_KEY")
     assert play(tmp_path, capfd, NOBODY, **ways)[0] == 0
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "run" / journal.DECISIONS), table)
+    # No file has the key: journal, manifest, executed notebooks, the failed one's traceback.
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 5 and not [path for path in written if KEY.encode() in path.read_bytes()]
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(files) == 7 and not any(KEY.encode() in file.read_bytes() for file in files)
 

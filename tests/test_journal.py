@@ -126,8 +126,8 @@ def test_the_manifest_is_last_and_says_what_was_counted(tmp_path, monkeypatch):
         record.finish(frame, {"rounds": 2}, "weights")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["counts"] == {
-        "decisions": 0, "invalid": 0, "faults": {}, "replies_used": 1, "distinct_chats": 0, "replayed": 0,
-        "answered_now": 1,
+        "decisions": 0, "valid": 0, "invalid": 0, "retried": 0, "cut": 0, "faults": {}, "replies_used": 1,
+        "distinct_chats": 0, "replayed": 0, "answered_now": 1,
     }  # fmt: skip
     assert manifest["settings"] == {"rounds": 2} and manifest["packages"]["torch"]
 

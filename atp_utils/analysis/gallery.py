@@ -43,9 +43,14 @@ def draw(decisions: pd.DataFrame, name: str, folder: str | Path) -> list[str]:
         figure = FIGURES[name](rows, table)
         if figure is not None:
             stem = f"{name}_{as_folder(model)}"
-            drawn += plots.save(figure, folder, stem, f"{description(name)} Model: {model}.")
+            drawn += plots.save(figure, folder, stem, f"{description(name)} Model: {model}.{source_of(rows)}")
             files.write_text(resolve(folder) / f"{stem}.csv", table.to_csv(index=False, float_format="%.6g"))
     return drawn
+
+
+def source_of(decisions: pd.DataFrame) -> str:
+    """A sentence that names the runs which ``decisions`` are from, where they say so (`journal.read_decisions`)."""
+    return f" From the runs {', '.join(sorted(decisions['run'].unique()))}." if "run" in decisions else ""
 
 
 def description(name: str) -> str:

@@ -5,7 +5,7 @@ It needs nothing else to be read: figures are in it as SVG, and no script or fon
 
 import argparse
 import base64
-import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -54,10 +54,11 @@ def _sections(decisions: pd.DataFrame) -> Iterator[dict[str, Any]]:
     yield _section("What was asked, and what came out", ASKED, [("", tables.answers(decisions))])
     yield _section("The paper's tables and figures", SCORED, [("", scoreboard.shown(decisions))])
     (_, *primary), *parts = report.parts(decisions)
-    yield _section(report.PRIMARY.partition(":")[0], "", [primary])
+    yield _section(report.PRIMARY.partition(":")[0], gallery.source_of(decisions).strip(), [primary])
     for scenario, rows in decisions.groupby("scenario", sort=False, observed=True):
         own = [part for of, *part in parts if of == scenario]
-        yield _section(scenario.replace("_", "-").capitalize(), "", own, list(_figures(rows, scenario)))
+        source = gallery.source_of(rows).strip()
+        yield _section(scenario.replace("_", "-").capitalize(), source, own, list(_figures(rows, scenario)))
 
 
 def _section(title: str, text: str, parts: list, figures: list | None = None) -> dict[str, Any]:
@@ -83,21 +84,20 @@ def _figures(rows: pd.DataFrame, scenario: str) -> Iterator[dict[str, str]]:
 def _runs(results: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """What made each run, a row of the table, and its manifest as text."""
     for run in journal.complete_runs(results):
-        text = (run / MANIFEST).read_text(encoding="utf-8")
-        facts = json.loads(text)
-        given, identity = facts["settings"], facts["identity"].split("|")
+        facts = journal.facts_of(run)
+        given, identity, more = facts.settings, facts.identity.split("|"), facts.model_extra
         row = {
             "run": run.relative_to(results).as_posix(),
-            "decisions": facts["counts"]["decisions"],
-            "invalid": facts["counts"]["invalid"],
-            "protocol": given["protocol"],
+            "decisions": facts.counts.get("decisions"),
+            "invalid": facts.counts.get("invalid"),
+            "protocol": given.get("protocol"),
             "precision": identity[2] if len(identity) > 2 else "–",
-            "seconds": facts.get("seconds"),
-            "processor": facts.get("processor"),
-            "commit": (facts["commit"] or "–")[:10],
-            "finished": facts["finished"],
+            "seconds": more.get("seconds"),
+            "processor": more.get("processor"),
+            "commit": re.sub(r"(?<=\b\w{10})\w+", "", facts.commit or "–"),
+            "finished": facts.finished,
         }
-        yield row, text
+        yield row, (run / MANIFEST).read_text(encoding="utf-8")
 
 
 def main() -> int:

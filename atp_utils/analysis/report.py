@@ -12,6 +12,7 @@ from atp_utils import resolve, shown
 from atp_utils.analysis import dose_response, positions, scoreboard, stats, tables, tool_use_tables
 from atp_utils.evolution import journal
 from atp_utils.support.manifest import MANIFEST
+from atp_utils.support.text import inert
 
 Tables = tuple[tuple[str, Callable[[pd.DataFrame], pd.DataFrame]], ...]
 
@@ -112,8 +113,8 @@ def main() -> int:
     parser.add_argument("run", help="a profile's folder, e.g. runs/quick")
     options = parser.parse_args()
     try:
-        print(report(resolve(options.run)))
-    except FileNotFoundError as error:
+        print(inert(report(resolve(options.run))))
+    except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

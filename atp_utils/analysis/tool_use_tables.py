@@ -4,7 +4,6 @@ Problems of one family are alike, and all problems of an agent share one history
 agents for units (`stats.interval`). A run with a single agent has none.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +12,7 @@ import pandas as pd
 
 from atp_utils import resolve
 from atp_utils.analysis import stats
-from atp_utils.evolution.journal import DECISIONS, complete_runs
-from atp_utils.support.manifest import MANIFEST
+from atp_utils.evolution.journal import complete_runs, facts_of, read_table
 
 PAPER = Path("data/paper/table2_tool_use.csv")
 GRID = 24  # every published accuracy is a multiple of 1/24, rounded to a whole per cent
@@ -195,10 +193,10 @@ def tool_events(results: Path) -> pd.DataFrame:
     """
     rows = []
     for run in complete_runs(results):
-        facts = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
-        if "tool_events" in facts:
-            [model] = pd.read_parquet(run / DECISIONS, columns=["model"])["model"].unique()
-            rows += [{"model": model, "arm": facts["settings"]["arm"], **event} for event in facts["tool_events"]]
+        facts = facts_of(run)
+        if facts.tool_events:
+            [model] = read_table(run)["model"].unique()
+            rows += [{"model": model, "arm": facts.settings["arm"], **event} for event in facts.tool_events]
     if not rows:
         return pd.DataFrame()
     counts = pd.DataFrame(rows).pivot_table(

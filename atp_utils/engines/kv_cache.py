@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from atp_utils.evolution.requests import Message
@@ -17,6 +18,9 @@ from atp_utils.models.chat_template import common_prefix
 
 SHARED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"
 ATTENDING = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+
+
+ROOM = 64  # tokens beside an eighth of those that are there
 
 
 class GrowingLayer(DynamicLayer):
@@ -64,7 +68,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def _enlarged(held: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
-    buffer = held.new_empty((rows, held.shape[1], tokens + 64 + tokens // 8, held.shape[-1]))
+    buffer = held.new_empty((rows, held.shape[1], tokens + ROOM + tokens // 8, held.shape[-1]))
     buffer[: len(held), :, : held.shape[-2]] = held
     return buffer
 
@@ -106,6 +110,11 @@ class KeptChats:
         self.limit, self.bytes = limit, 0
         self.chats: OrderedDict[str, tuple[list[int], torch.Tensor]] = OrderedDict()
 
+    def clear(self) -> None:
+        """Forget all chats."""
+        self.chats.clear()
+        self.bytes = 0
+
     def find(self, messages: Sequence[Message], ids: list[int], most: int) -> torch.Tensor | None:
         """Keys and values [layers, 2, heads, tokens, width] of the longest kept beginning of ``ids``.
 
@@ -137,6 +146,21 @@ class KeptChats:
         self.bytes += values.nbytes
         while self.bytes > self.limit:
             self.bytes -= self.chats.popitem(last=False)[1][1].nbytes
+
+
+def token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token of a model with this configuration; an estimate where layers differ."""
+    text = config.get_text_config(decoder=True)
+    heads = _told(text, "num_key_value_heads", text.num_attention_heads)
+    width = _told(text, "head_dim", text.hidden_size // text.num_attention_heads)
+    return text.num_hidden_layers * 2 * heads * width * dtype.itemsize
+
+
+def _told(config: Any, name: str, otherwise: int) -> int:
+    try:
+        return getattr(config, name, None) or otherwise
+    except AmbiguousGlobalPerLayerAttributeError:  # Gemma 4's layers have several
+        return otherwise
 
 
 def check_attention(name: str, config: Any) -> None:

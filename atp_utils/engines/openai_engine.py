@@ -179,6 +179,6 @@ def sent(tokenizer: str) -> str:
     from atp_utils.models import chat_template, load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    made = [chat_template.fingerprint(loaded), chat_template.tokenised(loaded, PROBE.messages, PROBE.options)]
+    made = [chat_template.fingerprint(loaded)[:16], chat_template.tokenised(loaded, PROBE.messages, PROBE.options)]
     digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:8]
     return f"{code}|tokenizer={openai_wire.short_name(tokenizer)}:{digest}"

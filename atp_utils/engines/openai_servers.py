@@ -3,17 +3,18 @@
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import openai
 
 from atp_utils.engines import Servers, openai_wire
-from atp_utils.evolution.parsing import encodable
 from atp_utils.evolution.requests import Reply
+from atp_utils.support.text import inert
 
 KEPT = "; the replies before are kept, run again to go on"
 # What accessing a field of garbage raises; the client's types are built without validation.
-MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
 
 
 class Unusable(ConnectionError):
@@ -48,7 +49,9 @@ class Server:
         try:
             # A server without keys is sent one that means nothing.
             key = self._key or "none"
-            self._client = _Client(base_url=url, api_key=key, timeout=patience, max_retries=served.retries)
+            plain = openai.DefaultHttpxClient(follow_redirects=False)
+            settings = {"timeout": patience, "max_retries": served.retries, "http_client": plain}
+            self._client = _Client(base_url=url, api_key=key, **settings)
         except (OSError, ValueError, ImportError) as error:
             # Certificates that can't be read, proxies that are no address; what is said of these may hold a password.
             names = ", ".join(name for name in os.environ if re.fullmatch("(?i)SSL_CERT_.+|.+_PROXY", name))
@@ -65,6 +68,9 @@ class Server:
         try:
             answer = self._client.post(path, cast_to=kind, body={"model": self.model, **body})
             reply, told = read(answer), answer.model
+            # A server that was given the key may put it anywhere, and the reply goes into the journal.
+            known = {name: self._keyless(getattr(reply, name)) for name in ("text", "finish_reason")}
+            reply, told = replace(reply, **known), self._keyless(str(told or ""))
         except openai.APIError as error:
             raise self._explained(error, asked) from None
         except MALFORMED as error:
@@ -90,19 +96,27 @@ class Server:
             raise ValueError(f"{self.url} is no OpenAI-compatible server; an address ends in /v1 as a rule") from None
         if self.model not in found:
             advice = "put one of these under names, or start the server with the model that you want"
-            raise ValueError(f"{self.url} serves {', '.join(map(repr, found))}, not {self.model!r}: {advice}")
+            serves = self._redacted(", ".join(map(repr, found)))
+            raise ValueError(f"{self.url} serves {serves}, not {self.model!r}: {advice}")
         self.maker = getattr(found[self.model], "owned_by", "")
-        return openai_wire.listing(self.model, found)
+        facts, names = openai_wire.listing(self.model, found)
+        return inert(self._keyless(facts)), names
+
+    def _keyless(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
 
     def _redacted(self, text: str) -> str:
-        """The beginning of what a server said; it may have quoted the key."""
-        return encodable((text.replace(self._key, "***") if self._key else text)[:500])
+        """The beginning of what a server said, to be shown; it may have quoted the key."""
+        return inert(self._keyless(text)[:500])
 
     def _explained(self, error: openai.APIError, asked: str = "") -> Exception:
         """An error that says what to do; ``asked`` is empty while no request was sent."""
         kind, variable = ConnectionError, self.served.key_variable
         told = error.response.text if isinstance(error, openai.APIStatusError) else error.__cause__ or error
-        if isinstance(error, openai.APITimeoutError):
+        if isinstance(error, openai.APIStatusError) and error.response.is_redirect:
+            kind, what = Refused, "sends elsewhere, which no request follows: name the address itself"
+            told = error.response.headers.get("location", "")
+        elif isinstance(error, openai.APITimeoutError):
             what = "did not answer in time: raise timeout, or lower concurrency"
         elif isinstance(error, openai.APIConnectionError):
             what = "can't be reached: is the server running?"

@@ -30,6 +30,8 @@ CARRIERS = {
 NEGLIGIBLE = 1e-3
 # A bound on the options that weren't listed is worth recording up to this share of the likeliest option.
 DECISIVE = 0.1
+# Characters of a reply; a longer one is none, whatever number of tokens was asked for.
+LONGEST = 1 << 22
 # Rounding of the probabilities that servers list: what is left beside them is known no better.
 ROUNDING = 1e-6
 # How OpenAI, vLLM, SGLang and llama.cpp say that a chat doesn't fit the context.
@@ -129,7 +131,9 @@ def chat_reply(request: Request, chat: ChatCompletion) -> Reply:
     thought = told.get("reasoning") or told.get("reasoning_content")
     text = f"<think>{thought}</think>" if thought else ""
     text = encodable(text + (turn.message.content or turn.message.refusal or ""))
-    counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+    if len(text) > LONGEST:
+        raise ValueError(f"more than {LONGEST} characters")
+    counts = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
     if not request.options:
         return Reply(text, *counts, turn.finish_reason)
     tokens = turn.logprobs.content if turn.logprobs else None

@@ -7,6 +7,7 @@ Floating-point sums depend on the batch's shape, so log-probabilities repeat to 
 to the bit. Replies that are written leave their batch when they end, and waiting chats take their places.
 """
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,15 +18,24 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from atp_utils import models
-from atp_utils.engines.kv_cache import GrowingCache, KeptChats, check_attention, context_length, shared_heads
+from atp_utils.engines.kv_cache import (
+    ROOM,
+    GrowingCache,
+    KeptChats,
+    check_attention,
+    context_length,
+    shared_heads,
+    token_bytes,
+)
 from atp_utils.engines.next_token import draw
 from atp_utils.evolution.parsing import prompted_thinking
 from atp_utils.evolution.requests import Reply, Request, Sampling, collapse
+from atp_utils.models import weights_memory
 from atp_utils.models.chat_template import common_prefix, decode, encode, render, tokenised, turn_end
 from atp_utils.support.code_digest import PACKAGE, code_of
 
-# Of the tokens of one forward pass: tokens that replies being written hold together, each at its longest.
-WRITING = 8
+# A batch holds keys and values of at most so many times ``batch_tokens`` tokens, its histories and replies included.
+HELD = 8
 
 
 @dataclass
@@ -62,8 +72,9 @@ class TransformersEngine:
     Weights are loaded at the first request, so a replayed run never needs them. ``batch_tokens`` bounds the
     padded tokens of one forward pass (by default 4096, on a GPU 16384), ``cache_bytes`` the kept keys and
     values (least recently used conversations go first). ``forward_tokens`` counts the tokens that the model
-    had to read, ``answered`` the chats of different content. A chat that doesn't fit into the model's context, with
-    its options or ``max_new_tokens`` more, gets the finish reason ``context``, no text and no log-probabilities.
+    had to read, ``answered`` the chats of different content. A reply ends with the model's context where
+    ``max_new_tokens`` would go beyond it. A chat that fills the context, or does so with an option, gets the finish
+    reason ``context``, no text and no log-probabilities.
 
     Raises ValueError for a model whose layers keep a running state, and what `models.identity` raises.
     """
@@ -78,7 +89,8 @@ class TransformersEngine:
         cache_bytes: float = 6e9,
     ):
         code = code_of(f"{PACKAGE}/engines/transformers_engine.py")
-        self.identity = f"{models.identity(name, adapter, dtype)}|code={code[:16]}"
+        parts = models.made_of(name, adapter, dtype)
+        self.identity, self.made_of = f"{models.short(parts)}|code={code[:16]}", parts | {"code": code}
         config = models.read_config(name)
         check_attention(name, config)
         self.context = context_length(config)
@@ -93,6 +105,16 @@ class TransformersEngine:
         """The loaded model."""
         return self._load()
 
+    @cached_property
+    def held_tokens(self) -> float:
+        """Tokens whose keys and values a batch may hold, its histories and replies included; loads the model."""
+        token = token_bytes(self.model.config, self.model.dtype)
+        left = weights_memory.free_bytes(all_gpus=True)[0] / 2  # of what the loaded weights leave
+        self._kept.limit = min(self._kept.limit, left / 2)
+        room = left / (9 / 8 * token)
+        # A GPU's memory is there for this; a machine's is others' as well.
+        return room if torch.cuda.is_available() else min(HELD * self.batch_tokens, room)
+
     @torch.inference_mode()
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield ``(index, reply)``, batch by batch; requests of equal content are computed once."""
@@ -105,22 +127,73 @@ class TransformersEngine:
         kinds: dict[int | Sampling, list[_Row]] = {}
         for row in sorted(rows, key=lambda row: len(row.ids)):
             sampling = row.request.sampling
-            if len(row.ids) + max(map(len, row.tails), default=sampling.max_new_tokens) > self.context:
+            if len(row.ids) + max(map(len, row.tails), default=1) > self.context:
                 yield from ((index, Reply("", len(row.ids) - row.shared, 0, "context")) for index in row.indices)
             else:
                 kinds.setdefault(len(row.tails) or sampling, []).append(row)
         for kind in kinds.values():
-            for row, reply in self._choices(kind) if kind[0].tails else self._written(kind):
+            for row, reply in self._outcomes(kind):
                 self.answered += 1
                 yield from ((index, reply) for index in row.indices)
 
-    def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-        batch, fresh = [], 0
+    def _outcomes(self, rows: Sequence[_Row]) -> Iterator[tuple[_Row, Reply]]:
+        """Replies as they are ready; where memory runs out, chats without one are asked again, half as many at once.
+
+        Raises MemoryError where it doesn't do for one chat, all kept ones being forgotten.
+        """
+        answer, left = self._choices if rows[0].tails else self._written, {id(row): row for row in rows}
+        while left:
+            try:
+                for row, reply in answer(list(left.values())):
+                    del left[id(row)]
+                    yield row, reply
+            except (RuntimeError, MemoryError) as error:
+                if not weights_memory.ran_out(error):
+                    raise
+                told = str(error)
+            else:
+                return
+            # Here the error is gone, and with it what its frames held.
+            self._halve(list(left.values()), told)
+
+    def _halve(self, rows: Sequence[_Row], told: str) -> None:
+        """Ask at most half of ``rows`` at once from now on; of a single one, without what is kept of any chat."""
+        longest, size = max(map(self._longest, rows)), max(map(self._size, rows))
+        if (
+            min(len(rows) * longest, self.held_tokens) < 2 * longest
+            and min(len(rows) * size, self.batch_tokens) < 2 * size
+        ):
+            if not self._kept.chats and all(row.kept is None for row in rows):
+                advice = "take a shorter history (history_window), a smaller model or a larger machine"
+                raise MemoryError(f"no room for a chat of {longest} tokens ({told}): {advice}")
+            self._kept.clear()
         for row in rows:
-            fresh = max(fresh, row.new)
-            if batch and fresh * (len(batch) + 1) > self.batch_tokens:
+            row.kept, row.written = None, []
+        self.batch_tokens = min(len(rows) * size, self.batch_tokens) / 2
+        self.held_tokens = min(len(rows) * longest, self.held_tokens) / 2
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _limit(self, row: _Row) -> int:
+        """Most new tokens of a reply: those asked for, or what its chat leaves of the context."""
+        return int(min(row.request.sampling.max_new_tokens, self.context - len(row.ids)))
+
+    def _longest(self, row: _Row) -> int:
+        """Tokens of the chat with its longest option, or the longest reply, and room for its buffers to grow."""
+        return len(row.ids) + max(map(len, row.tails), default=self._limit(row)) + ROOM
+
+    def _size(self, row: _Row) -> float:
+        """What it counts in a batch of ``batch_tokens``: its new tokens, or the share of those that are held."""
+        return max(row.new, self._longest(row) * self.batch_tokens / self.held_tokens)
+
+    def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+        batch, size = [], 0.0
+        for row in rows:
+            size = max(size, self._size(row))
+            if batch and size * (len(batch) + 1) > self.batch_tokens:
                 yield batch
-                batch, fresh = [], row.new
+                batch, size = [], self._size(row)
             batch.append(row)
         yield batch
 
@@ -220,7 +293,7 @@ class TransformersEngine:
         sampling = rows[0].request.sampling
         # The longest first: a chat that joins is then never longer than what those under way hold.
         waiting = sorted(rows, key=lambda row: len(row.ids), reverse=True)
-        places = max(1, WRITING * self.batch_tokens // (len(waiting[0].ids) + sampling.max_new_tokens))
+        places = max(1, int(self.held_tokens // max(map(self._longest, rows))))
         live, cache = [], GrowingCache()
         while waiting or live:
             free = places - len(live)
@@ -252,7 +325,7 @@ class TransformersEngine:
                 live = [live[place] for place in cache.leave(ended, held)]
 
     def _ended(self, row: _Row) -> bool:
-        return row.written[-1] in self._stop_ids or len(row.written) == row.request.sampling.max_new_tokens
+        return row.written[-1] in self._stop_ids or len(row.written) == self._limit(row)
 
     def _reply(self, row: _Row, cache: GrowingCache, place: int) -> Reply:
         stopped = row.written[-1] in self._stop_ids

@@ -19,6 +19,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,15 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydantic import BaseModel, ValidationError
 
 from atp_utils import shown
+from atp_utils.evolution import agreement
 from atp_utils.evolution.requests import Message, Reply, Request, Sampling
 from atp_utils.support import files, folders
-from atp_utils.support.manifest import MANIFEST, made_by
+from atp_utils.support.manifest import MANIFEST, made_by, read_manifest
 
 REPLIES, DECISIONS = "replies.jsonl", "decisions.parquet"
 # What a run is, in its table.
 RUN = ["scenario", "model", "condition", "arm", "training_seed"]
+ROLES = {"system", "user", "assistant"}
 _REQUEST = ("key", "seed", "options", "sampling", "chat")
 
 
@@ -48,24 +52,32 @@ class Record:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def request(self, digest: str) -> Request:
-        """The request that a reply answers; raises ValueError where the journal doesn't hold it."""
+        """The request that a reply answers; raises ValueError where the journal doesn't hold it whole."""
         asked, chat = self.asked[digest], []
         if "chat" not in asked:
             raise ValueError(f"the reply {digest} was recorded without its request")
-        place = asked["chat"]
-        while place:
-            place, message = self.messages[place]
-            chat.insert(0, message)
-        sampling = Sampling(**asked["sampling"]) if "sampling" in asked else Sampling()
-        return Request(asked["key"], tuple(chat), asked["seed"], tuple(asked.get("options", ())), sampling)
+        try:
+            place = asked["chat"]
+            while place:
+                place, message = self.messages[place]
+                chat.append(message)
+                if len(chat) > len(self.messages):
+                    raise ValueError("a message stands before itself")
+            sampling = Sampling(**asked["sampling"]) if "sampling" in asked else Sampling()
+            options = tuple(asked.get("options", ()))
+            return Request(asked["key"], tuple(chat[::-1]), asked["seed"], options, sampling)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the request of the reply {digest} isn't whole: {error}") from None
 
     def add(self, line: bytes) -> None:
         """Take in a line of JSON; raises KeyError, TypeError or ValueError for one that is no journal's."""
         entry = json.loads(line.decode("utf-8", "surrogatepass"))
         if "message" in entry:
+            if entry["role"] not in ROLES or not isinstance(entry["content"], str):
+                raise ValueError("a message needs a known role and a text")
             self.messages[entry["message"]] = entry["before"], {name: entry[name] for name in ("role", "content")}
         elif "tool" in entry:
-            self.results[entry["tool"]] = entry["result"]
+            self.results[entry["tool"]] = dict(entry["result"])
         else:
             digest = entry["digest"]
             self.asked[digest] = {name: entry.pop(name) for name in _REQUEST if name in entry}
@@ -77,9 +89,12 @@ class Record:
 def read_record(path: Path, *, repair: bool = False) -> Record:
     """The record in a journal's file, plain or ``.gz``; ``repair`` cuts off a torn last line.
 
-    Raises ValueError with the number of a line that is damaged.
+    Raises ValueError with the number of a line that is damaged, or naming a ``.gz`` that can't be unpacked.
     """
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{shown(path)} is damaged: {error}") from None
     whole = content.rfind(b"\n") + 1
     if repair and whole < len(content):
         os.truncate(path, whole)
@@ -182,18 +197,30 @@ class Journal:
         """Write the decisions, then the manifest with all ``settings`` of the run: only now it counts as complete."""
         files.write_parquet(self.folder / DECISIONS, decisions)
         faults = decisions["fault"].dropna().value_counts()
+        valid, mass = decisions["valid"].astype(bool), decisions["mass"].dropna().astype(float)
+        used = [self.record.replies[digest] for digest in sorted(self.used)]
         counts = {
             "decisions": len(decisions),
-            "invalid": int((~decisions["valid"]).sum()),
+            "valid": int(valid.sum()),
+            "invalid": int((~valid).sum()),
+            "retried": int((decisions["attempts"] > 1).sum()),
+            "cut": sum(reply.finish_reason.removeprefix("sampled:") == "length" for reply in used),
             "faults": {name: int(count) for name, count in faults.sort_index().items()},
-            "replies_used": len(self.used),
+            "replies_used": len(used),
             "distinct_chats": len(self.chats),
             "replayed": self.replayed,
             "answered_now": self.paid,
         }
         # For a forced choice on servers this is also how it was answered (see `openai_engine`).
-        reasons = Counter(self.record.replies[digest].finish_reason for digest in self.used)
+        reasons = Counter(reply.finish_reason for reply in used)
         facts |= {"counts": counts, "finish_reasons": dict(sorted(reasons.items()))}
+        facts["tokens"] = {
+            "prompts": sum(reply.prompt_tokens for reply in used),
+            "replies": sum(reply.completion_tokens for reply in used),
+        }
+        # The probability of both options together, on which P(deviate) rests; None where nothing was scored.
+        known = len(mass) > 0
+        facts["mass"] = {"mean": float(mass.mean()), "least": float(mass.min())} if known else None
         files.write_json(self.folder / MANIFEST, {"settings": settings, "identity": identity} | facts | made_by())
 
     def close(self) -> None:
@@ -224,21 +251,58 @@ def record_of(run: Path) -> Record:
     return read_record(next(path for path in (run / REPLIES, run / f"{REPLIES}.gz") if path.is_file()))
 
 
+class Facts(BaseModel, extra="allow"):
+    """What a run's manifest has to hold; what else it says lies in ``model_extra``."""
+
+    settings: dict[str, Any]
+    identity: str
+    counts: dict[str, Any]
+    commit: str | None
+    finished: str
+    tool_events: list[dict[str, Any]] = []
+
+
+def facts_of(run: Path) -> Facts:
+    """A run's manifest; raises what `files.read_json` does, and ValueError for one that is no evolution's."""
+    try:
+        return Facts.model_validate(read_manifest(run))
+    except ValidationError as error:
+        raise ValueError(f"{shown(run / MANIFEST)}: {files.explain(error)}") from None
+
+
+def read_table(run: Path) -> pd.DataFrame:
+    """The decisions of a run; raises ValueError naming a file that is no table of decisions."""
+    try:
+        table = pd.read_parquet(run / DECISIONS)
+        lacking = {*RUN, "item", "round", "valid", "reply"} - set(table.columns)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{shown(run / DECISIONS)} is damaged: {error}") from None
+    if lacking:
+        raise ValueError(f"{shown(run / DECISIONS)}: no table of decisions (columns {', '.join(sorted(lacking))} lack)")
+    return table
+
+
 def read_decisions(folder: Path) -> pd.DataFrame:
     """Decisions of every complete run below ``folder``, one table; incomplete runs are left out.
 
-    Raises FileNotFoundError where there is none, and ValueError where two are of one policy in one condition: counted
-    twice, its decisions would pass for more.
+    A column ``run`` says where a row is from: the run's folder, relative to ``folder``. Raises FileNotFoundError where
+    there is none, and ValueError where two are of one policy in one condition (counted twice, its decisions would pass
+    for more), or disagree in what must agree (`agreement`).
     """
-    parts = {run / DECISIONS: pd.read_parquet(run / DECISIONS) for run in complete_runs(folder)}
+    parts = {run: read_table(run) for run in complete_runs(folder)}
     if not parts:
         raise FileNotFoundError(f"{shown(folder)} holds no complete run (a folder with {DECISIONS} and {MANIFEST})")
     seen: dict[tuple, Path] = {}
-    for path, part in parts.items():
-        for run in part[RUN].drop_duplicates().itertuples(index=False):
-            if (other := seen.setdefault(tuple(run), path)) != path:
-                raise ValueError(f"{shown(other.parent)} and {shown(path.parent)} hold the same run: name one of them")
-    return pd.concat(parts.values(), ignore_index=True)
+    known = []
+    for run, part in parts.items():
+        facts = read_manifest(run)
+        for scenario, model, condition, *policy in part[RUN].drop_duplicates().itertuples(index=False):
+            if (other := seen.setdefault((scenario, model, condition, *policy), run)) != run:
+                raise ValueError(f"{shown(other)} and {shown(run)} hold the same run: name one of them")
+            known.append((shown(run), (scenario, model), condition, facts))
+    agreement.check(known)
+    named = (part.assign(run=run.relative_to(folder).as_posix()) for run, part in parts.items())
+    return pd.concat(named, ignore_index=True).astype({"run": "string"})
 
 
 def with_words(decisions: pd.DataFrame, results: Path) -> pd.DataFrame:

@@ -35,9 +35,9 @@ _FENCE = re.compile(r"\s*```\w*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 # Around messages and answers, these mark nothing that matters here.
 _FRAME = r"<\|start\|>assistant|<\|(?:end|return|call)\|>|<\|(?:START|END)_(?:RESPONSE|TEXT)\|>"
 
-# The marks of turns, tools and thinking that common chat formats have.
+# The marks of turns, tools and thinking that common chat formats have; none has a zero-width space (`defuse`).
 _CONTROL = (
-    r"<\|[^<>\s]{1,60}>|<[^<>\s]{1,60}\|>|<｜[^<>\s]{1,60}｜>",
+    r"<\|[^<>\s\u200b]{1,60}>|<[^<>\s\u200b]{1,60}\|>|<｜[^<>\s\u200b]{1,60}｜>",
     r"</?s>|<(?:bos|eos|pad|unk|mask)>|<</?SYS>>|<(?:start|end)_of_\w+>",
     r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|ARGS|CALL_ID|THINK)\]",
     r"</?(?:think|thinking|thoughts?|reason|reasoning|reflection|tool_call|tool_response|\w{1,20}:think|longcat_think)>",

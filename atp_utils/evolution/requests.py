@@ -78,7 +78,8 @@ class Reply:
 
     ``shared`` is the part of these that all options have in common: log P of their first tokens, such as
     ``{"choice": "``; None where it isn't known. ``text`` is what was written, if anything was. ``digest`` is the key in
-    the journal, "" until it is there.
+    the journal, "" until it is there. Raises ValueError for a field of another kind: replies come from
+    servers and files, and one that was kept would fail the run at every replay.
     """
 
     text: str
@@ -88,6 +89,17 @@ class Reply:
     logprobs: tuple[float, ...] | None = None
     shared: float | None = None
     digest: str = ""
+
+    def __post_init__(self):
+        scores = [*(self.logprobs or ()), self.shared or 0.0]
+        counts = (self.prompt_tokens, self.completion_tokens)
+        texts = (self.text, self.finish_reason, self.digest)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a reply's text and finish reason must be text")
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            raise ValueError("a reply's counts of tokens must be whole numbers from 0 up")
+        if not all(isinstance(score, int | float) for score in scores):
+            raise ValueError("a reply's log-probabilities must be numbers")
 
 
 class Engine(Protocol):

@@ -4,9 +4,8 @@ A model is an embedded one (`embedded.registry`; no hub is needed), any Hugging 
 read from safetensors only, and code that comes with a model is never run.
 """
 
-import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from atp_utils import resolve, shown
 from atp_utils.models import chat_template, embedded, precisions, weights_memory
 from atp_utils.models.digests import adapter_digest, folder_digest
+from atp_utils.support import files
 
 EMBEDDED = "smollm2-135m"
 
@@ -114,24 +114,34 @@ def _in_one_piece(_: Any, given: tuple) -> tuple:
     return (hidden.contiguous(), *rest)
 
 
-def identity(name: str, adapter: str | Path | None = None, dtype: str | torch.dtype = "auto") -> str:
-    """What a reply depends on besides its request, without loading weights.
+def made_of(name: str, adapter: str | Path | None = None, dtype: str | torch.dtype = "auto") -> dict[str, str]:
+    """What a reply depends on besides its request, without loading weights: full hashes by part.
 
     The model's files (a hub model's revision), the precision, the chat template with what it makes of a chat, and the
-    adapter.
+    adapter, if one is given.
     """
     source = locate(name)
     revision = folder_digest(Path(source)) if Path(source).is_dir() else read_config(name)._commit_hash
-    parts = [
-        name,
-        str(revision),
-        precisions.name_of(dtype),
-        chat_template.fingerprint(load_tokenizer(name)),
-    ]
+    parts = {
+        "name": name,
+        "weights": str(revision),
+        "precision": precisions.name_of(dtype),
+        "template": chat_template.fingerprint(load_tokenizer(name)),
+    }
     if adapter is not None:
         check_adapter(resolve(adapter), name)
-        parts.append(adapter_digest(resolve(adapter)))
-    return "|".join(parts)
+        parts["adapter"] = adapter_digest(resolve(adapter))
+    return parts
+
+
+def short(parts: Mapping[str, str]) -> str:
+    """An identity that people can read, of what `made_of` says: 16 characters a SHA-256."""
+    return "|".join(value[:16] if len(value) == 64 and name != "name" else value for name, value in parts.items())
+
+
+def identity(name: str, adapter: str | Path | None = None, dtype: str | torch.dtype = "auto") -> str:
+    """What `made_of` says, `short`."""
+    return short(made_of(name, adapter, dtype))
 
 
 def read_config(name: str) -> Any:
@@ -156,6 +166,6 @@ def check_adapter(folder: Path, base: str) -> None:
         raise FileNotFoundError(
             f"{shown(folder)} is no LoRA adapter (adapter_config.json and adapter_model.safetensors expected)"
         )
-    trained_on = json.loads(path.read_text())["base_model_name_or_path"]
+    trained_on = files.read_json(path).get("base_model_name_or_path")
     if trained_on != base:
         raise ValueError(f"{shown(folder)} is an adapter of {trained_on!r}, not of {base!r}")

@@ -47,8 +47,7 @@ def render(tokenizer: Any, messages: Sequence[Message], thinking: bool = False) 
     block all the same: an option would be scored as a thought.
     """
     template = tokenizer.get_chat_template()
-    marks = _marks(tokenizer, template)
-    chat = [{**message, "content": defuse(message["content"], marks)} for message in messages]
+    chat = [{**message, "content": as_text(tokenizer, message["content"])} for message in messages]
     if not _takes_system(tokenizer, template):
         chat = _folded(chat)
     text = _applied(tokenizer, chat, thinking)
@@ -63,6 +62,11 @@ def render(tokenizer: Any, messages: Sequence[Message], thinking: bool = False) 
     if "<|channel|>" in template and not text.endswith("<|message|>"):
         raise ValueError(f"{tokenizer.name_or_path}: its chat template has channels, but not where an answer begins")
     return text
+
+
+def as_text(tokenizer: Any, said: str) -> str:
+    """What was ``said`` so that ``tokenizer`` reads no control token in it, nor the template's marks (`defuse`)."""
+    return defuse(said, _marks(tokenizer, tokenizer.get_chat_template()))
 
 
 def tokenised(tokenizer: Any, messages: Sequence[Message], options: Sequence[str]) -> tuple[list[int], list[list[int]]]:
@@ -111,11 +115,11 @@ def turn_end(tokenizer: Any) -> int:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Hash (16 hex characters) of the template and of what it makes of a chat, the fixed date included."""
+    """SHA-256 (hexadecimal) of the template and of what it makes of a chat, the fixed date included."""
     template = tokenizer.get_chat_template()
     chat = _PROBE if _takes_system(tokenizer, template) else _folded(_PROBE)
     text = json.dumps([template, DATE, _applied(tokenizer, chat, True)])
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from transformers.utils import CHAT_TEMPLATE_DIR
 
+from atp_utils.support import files
+
 # What a folder holds beside a model: papers about it, other libraries' weights, what a training leaves behind. A file
 # that is none of these counts: answering anew is dear, but old answers under a changed model are wrong.
 NO_PART = {".md", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".png", ".jpg", ".pdf", ".log", ".csv"}
@@ -17,7 +19,7 @@ NO_SETTINGS = {"transformers_version", "peft_version", "_name_or_path", "dtype",
 
 
 def folder_digest(folder: Path) -> str:
-    """16 hex characters over the files of a model's ``folder``: weights, configuration, tokenizer and templates.
+    """SHA-256 (hexadecimal) over the files of a model's ``folder``: weights, configuration, tokenizer and templates.
 
     Names count and paths don't, so that a copy is the same model.
     """
@@ -25,7 +27,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def adapter_digest(folder: Path) -> str:
-    """16 hex characters over an adapter's weights and its configuration, which scales them."""
+    """SHA-256 (hexadecimal) over an adapter's weights and its configuration, which scales them."""
     return _joined((name, _content(folder / name)) for name in ("adapter_config.json", "adapter_model.safetensors"))
 
 
@@ -42,7 +44,7 @@ def _sha256(path: Path, *_: int) -> str:
 
 
 def _joined(parts: Iterator[tuple[str, str]]) -> str:
-    return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()
 
 
 def _parts(folder: Path) -> Iterator[Path]:
@@ -56,9 +58,9 @@ def _parts(folder: Path) -> Iterator[Path]:
 def _content(path: Path) -> str:
     if path.name == "generation_config.json":
         # The engine takes from it which tokens end a reply, and nothing else.
-        return json.dumps(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+        return json.dumps(files.read_json(path).get("eos_token_id"))
     if path.name in ("config.json", "adapter_config.json"):
-        return json.dumps(_settings(json.loads(path.read_text(encoding="utf-8"))), sort_keys=True)
+        return json.dumps(_settings(files.read_json(path)), sort_keys=True)
     return sha256(path)
 
 

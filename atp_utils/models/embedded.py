@@ -13,7 +13,6 @@ import zipfile
 from functools import lru_cache
 from pathlib import Path
 
-import psutil
 import torch
 from filelock import FileLock
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp_utils import resolve, shown
 from atp_utils.models.digests import sha256
-from atp_utils.models.weights_memory import GIB
+from atp_utils.models.weights_memory import GIB, machine_free
 from atp_utils.support import files
 from atp_utils.support.progress import bar
 
@@ -85,7 +84,7 @@ def prepare(name: str) -> Path:
 
 def _check_room(model: Embedded, work: Path) -> None:
     there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    disk, memory = shutil.disk_usage(work).free / GIB, psutil.virtual_memory().available / GIB
+    disk, memory = shutil.disk_usage(work).free / GIB, machine_free() / GIB
     if disk + there / GIB < model.disk_gib:
         raise OSError(
             f"{model.name} takes {model.disk_gib} GiB of disk while it is prepared, {shown(work.parent)} has "

@@ -4,10 +4,11 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from accelerate.utils import get_max_memory
 from transformers import AutoModelForCausalLM
 
 GIB = 1 << 30
@@ -35,12 +36,50 @@ def check(name: str, config: Any, dtype: torch.dtype, all_gpus: bool) -> None:
 def free_bytes(all_gpus: bool) -> tuple[int, str]:
     """Bytes that a model could take, and of what: of all GPUs or the current one; without a GPU, of the machine."""
     if not torch.cuda.is_available():
-        return next(iter(get_max_memory().values())), "this machine"
+        return machine_free(), "this machine"
     # What this process holds and no longer uses counts as free.
     gc.collect()
     torch.cuda.empty_cache()
     devices = range(torch.cuda.device_count()) if all_gpus else [torch.cuda.current_device()]
     return sum(torch.cuda.mem_get_info(device)[0] for device in devices), f"the GPU ({len(devices)} of them)"
+
+
+def machine_free() -> int:
+    """Bytes of main memory that this process can still take: what the machine has, or its control groups leave it."""
+    return min([psutil.virtual_memory().available, *_left_by_groups()])
+
+
+def _left_by_groups(member: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Bytes left below the limit of each control group that holds this process (versions 1 and 2), as far as told."""
+    lines = member.read_text(encoding="utf-8").splitlines() if member.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        version1 = "memory" in controllers.split(",")
+        if controllers and not version1:
+            continue
+        top = root / "memory" if version1 else root
+        names = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
+        names = names if version1 else ("max", "current", "inactive_file")
+        # In a container the path may be the host's, and the top is the container's own group.
+        own = top / path.lstrip("/")
+        for group in {own, *own.parents, top}:
+            if group.is_relative_to(top):
+                yield from _left(group, *names)
+
+
+def _left(group: Path, limit: str, used: str, cached: str) -> Iterator[int]:
+    try:
+        most, taken = ((group / f"memory.{name}").read_text().strip() for name in (limit, used))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        if most != "max":
+            # Files that were read long ago give way to what is asked for.
+            yield max(int(most) - int(taken) + int(stat.get(cached, 0)), 0)
+    except (OSError, ValueError):  # no such group here, or one without limits
+        return
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory, a GPU's or the machine's, had no room."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextmanager

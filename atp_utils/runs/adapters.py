@@ -4,7 +4,6 @@ Below `PUBLISHED` each has a folder MODEL/SCENARIO/ARM/SEED: weights and configu
 log of the training, and a model card.
 """
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from atp_utils.parameters import EVOLVE
 from atp_utils.runs import PLACE
 from atp_utils.support import files, folders
 from atp_utils.support.files import as_folder
-from atp_utils.support.manifest import MANIFEST
+from atp_utils.support.manifest import MANIFEST, read_manifest
 
 PUBLISHED = Path("data/adapters")
 WEIGHTS, CONFIG, LOG, CARD = "adapter_model.safetensors", "adapter_config.json", "training_log.csv", "README.md"
@@ -29,7 +28,7 @@ ANY = PLACE | {"data", "model", "scenario", "seed"}
 
 def folder(model: str, scenario: str, arm: str, seed: int, root: Path = PUBLISHED) -> Path:
     """The folder of an adapter below ``root``."""
-    return root / as_folder(model) / scenario / arm / str(seed)
+    return root.joinpath(*map(as_folder, (model, scenario, arm, str(seed))))
 
 
 def published(
@@ -40,7 +39,7 @@ def published(
     manifest = resolve(place) / MANIFEST
     if not manifest.is_file() or not (resolve(place) / WEIGHTS).is_file():
         return ""
-    before = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+    before = read_manifest(resolve(place)).get("settings", {})
     return str(place) if _deciding(before) == _deciding(settings) else ""
 
 
@@ -56,7 +55,7 @@ def publish(run: Path, root: Path = PUBLISHED) -> list[Path]:
     """
     done = []
     for manifest in folders.below(run / "adapters", MANIFEST):
-        trained, facts = manifest.parent, json.loads(manifest.read_text(encoding="utf-8"))
+        trained, facts = manifest.parent, read_manifest(manifest.parent)
         if (trained / WEIGHTS).stat().st_size > LARGEST:
             continue
         given, method = facts["settings"], facts["training"]["method"]

@@ -1,6 +1,5 @@
 """An evolution notebook's run, from its parameters to the finished table of decisions."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import pandas as pd
 from atp_utils import runs, shown
 from atp_utils.engines import open_engine
 from atp_utils.evolution import decisions, loop
-from atp_utils.evolution.journal import Journal, remove_derived
+from atp_utils.evolution.journal import Journal, facts_of, remove_derived
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Engine
 from atp_utils.parameters import EVOLVE
@@ -37,6 +36,7 @@ class Evolving:
         a finished run of another engine and may not be overwritten.
         """
         run, given, scenario, began = self.run, self.run.parameters, self.run.scenario, time.monotonic()
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         # The bar counts replies: of a forced choice, those in both orders.
         total = scenario.decisions(given, len(self.items)) * (2 if given.protocol == "choose" else 1)
         with (
@@ -47,7 +47,10 @@ class Evolving:
             rows = loop.run(episodes, self.engine, record, bar)
             table = decisions.to_frame(rows, model=given.model, arm=given.arm, training_seed=given.training_seed)
             facts = {name: fact() if callable(fact) else fact for name, fact in facts.items()}
-            facts["seconds"] = round(time.monotonic() - began, 1)
+            facts |= {"started": started, "seconds": round(time.monotonic() - began, 1)}
+            # Of servers nothing is known but what they tell, which the identity has.
+            facts["made_of"] = getattr(self.engine, "made_of", None)
+            facts["prompts"] = scenario.prompts_digest(given)
             record.finish(table, run.settings, self.engine.identity, **facts)
         return table
 
@@ -72,7 +75,7 @@ def begin(scenario: str, namespace: Mapping[str, Any]) -> Evolving:
 def _journal(run: Run, identity: str) -> Journal:
     """The journal in the run's folder, of which a finished run has one identity."""
     manifest = run.out / MANIFEST
-    before = json.loads(manifest.read_text(encoding="utf-8"))["identity"] if manifest.is_file() else identity
+    before = facts_of(run.out).identity if manifest.is_file() else identity
     if before != identity and not run.parameters.overwrite:
         raise FileExistsError(
             f"{shown(run.out)} holds a finished run of {before!r}, asked was {identity!r}: name another folder by out, "

@@ -6,7 +6,8 @@ Covers, each by a layer that the first call tries out:
 - system calls: a seccomp filter for what arithmetic needs; no sockets, forks, threads, programs, signals to
   others, ptrace, namespaces;
 - memory, output, open files: rlimits; wall time: counted outside the code's own process;
-- the next call: every call is a fork of a warm worker that never runs the model's code itself.
+- the next call: every call is a fork of a warm worker that never runs, nor ever reads, the model's code itself;
+- the host: what is printed comes back with control characters spelled out, and nothing of a sandbox outlives it.
 
 Does not cover: bugs in the kernel; time and cache side channels; reading the libraries' own files; a call
 that lies about *itself* (as it can by printing: it may forge its own "ok" or error line, never its time,
@@ -32,10 +33,12 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 from atp_utils import ROOT
+from atp_utils.support.text import inert
 
 START_SECONDS = 120  # importing sympy from a busy network drive takes a while
 GRACE_SECONDS = 5  # what the worker gets beyond a call's wall time before the host takes it for stuck
@@ -54,8 +57,8 @@ class ToolResult:
 
     status: "ok"; "error" (the code raised); "timeout" (wall time); "memory" (a MemoryError);
         "output_limit"; "killed" (ended by a signal, by `os._exit`, or with its worker).
-    output: what it printed, and the repr of a last expression; cut at the limit with a mark.
-    error: last line of the traceback, or why it was stopped; "" for "ok".
+    output: what it printed, and the repr of a last expression; `inert`, and cut at the limit with a mark.
+    error: last line of the traceback that says something, or why it was stopped; `inert`, "" for "ok".
     seconds: wall time as the host saw it.
     """
 
@@ -66,7 +69,7 @@ class ToolResult:
 
 
 class Sandbox:
-    """A warm sandbox, from its `with` on. Threads may share it, forks may not.
+    """A warm sandbox, from its `with` on. Threads may share it, forks may not: they neither run nor end it.
 
     wall_seconds: wall time of a call, from 0.01 to 3600.
     memory_mb: address space of a call in MiB, some 140 of it the interpreter and libraries; 256 or more.
@@ -90,6 +93,8 @@ class Sandbox:
         return self
 
     def __exit__(self, *_) -> None:
+        if self._owner != os.getpid():
+            return
         with self._lock:
             self._owner = None
             self._drop()
@@ -105,7 +110,8 @@ class Sandbox:
                 raise RuntimeError("the sandbox isn't running in this process: use `with Sandbox() as box`")
             started = time.monotonic()
             reply = self._ask(code)
-            return ToolResult(**reply, seconds=time.monotonic() - started)
+            seconds = time.monotonic() - started
+            return ToolResult(reply["status"], inert(reply["output"]), inert(reply["error"]), seconds)
 
     def _ask(self, code):
         """The worker's reply. Code can't end its worker, so where one died a new one is asked, once."""
@@ -148,8 +154,9 @@ class Sandbox:
         limits = {**self._limits, "wall_seconds": START_SECONDS, "output_bytes": 10_000}
         try:
             reply = worker.ask({"code": code, **limits}, START_SECONDS)
-            if reply["output"] != "[]\n":
-                raise OSError(f"let through {reply['output']}{reply['error']}")
+            shares = "" if reply["worker"] == 1 else "sharing the host's processes"
+            if reply["output"] != "[]\n" or shares:
+                raise OSError(f"let through {reply['output'].strip()} {reply['error']}{shares}")
         except OSError as error:
             raise OSError(f"{error} {worker.end()}") from error
         return worker
@@ -196,6 +203,18 @@ def isolated_command(bwrap):
 # --- The worker process ---------------------------------------------------------------------------
 
 
+_workers = weakref.WeakSet()
+
+
+def _leave_to_parent():
+    """In a fork of this process: give up the sockets, whose closing tells a worker that its host is gone."""
+    for worker in list(_workers):
+        worker.forget()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 class _Worker:
     """The process in the sandbox and the socket to it; a message is a line of JSON."""
 
@@ -212,6 +231,7 @@ class _Worker:
                 start_new_session=True,  # a terminal's Ctrl-C isn't for it, and its group can be killed
             )
         self._replies = self._socket.makefile("rb")
+        _workers.add(self)
 
     def ask(self, message, seconds):
         """The reply to `message`; TimeoutError after `seconds`, another OSError if the worker died."""
@@ -221,6 +241,11 @@ class _Worker:
         if not line.endswith(b"\n"):
             raise ConnectionError("the sandbox's worker died")
         return json.loads(line)
+
+    def forget(self):
+        """Close this process's end of the socket."""
+        with contextlib.suppress(OSError):
+            os.close(self._socket.detach())
 
     def end(self):
         """Kill the process group, and with it everything in its namespace; returns its last line on stderr."""

@@ -11,7 +11,6 @@ def breaches(hidden, memory_bytes):
     attempts = {
         **{f"reading {path}": lambda path=path: os.stat(path) for path in hidden},
         **{f"writing in {path}": lambda path=path: os.access(path, os.W_OK) for path in ("/", "/box", "/usr/lib")},
-        "sharing the host's processes": lambda: os.getppid() != 1,  # the worker is the first of a world of its own
         "opening a socket": socket.socket,
         "forking": lambda: os.fork() or os._exit(0),
         "signalling the worker": lambda: os.kill(os.getppid(), 0),

@@ -1,9 +1,10 @@
 """What runs inside the sandbox: a warm process that forks once a call (`sandbox/__init__.py` is the host's side).
 
 It imports the standard library, numpy and sympy, because nothing else exists in there. The order of steps is
-the safety: the worker imports the libraries once; each call is a fork that takes on its limits and its filter
-*before* it sees any of the model's code. The worker itself never runs such code, and takes a bounded number
-of bytes from the fork that does.
+the safety: the worker imports the libraries once, and never reads a request. For each it forks a keeper, which reads
+this one and writes the reply; the code runs in a fork of the keeper, which takes on its limits and its filter *before*
+it sees any of the model's code. So no memory that the code can search ever held another call. The keeper itself never
+runs such code, and takes a bounded number of bytes from the fork that does.
 """
 
 import ast
@@ -15,6 +16,7 @@ import json
 import os
 import random
 import resource
+import select
 import signal
 import struct
 import sys
@@ -123,12 +125,13 @@ def run_fork(code, memory_bytes, output_bytes, output_fd, report_fd):
 
 
 def _report_on(error):
-    """Kind of ending and the traceback's last line, as bytes."""
+    """Kind of ending and the last of the traceback's lines that says something, as bytes."""
     if isinstance(error, SystemExit) and error.code in (None, 0):
         return FINISHED
     kind = NO_MEMORY if isinstance(error, MemoryError) else FAILED
     try:
-        line = traceback.format_exception_only(type(error), error)[-1].strip()
+        lines = map(str.strip, traceback.format_exception_only(type(error), error))
+        line = list(filter(None, lines))[-1]
         return kind + line.encode("utf-8", "backslashreplace")[:REPORT_BYTES]
     except BaseException:  # a hostile __str__, or memory still short
         return kind
@@ -148,7 +151,9 @@ def run_code(code):
             print(repr(value))
 
 
-# --- The worker's side of a call ------------------------------------------------------------------
+# --- The keeper's side of a call ------------------------------------------------------------------
+
+LISTENING = 0.2  # seconds between two looks at whether the host still is
 
 
 def call(code, wall_seconds, memory_bytes, output_bytes):
@@ -175,17 +180,19 @@ def call(code, wall_seconds, memory_bytes, output_bytes):
 
 
 def _wait(child, deadline):
-    """Exit status of the fork; None where it was ended at the deadline."""
+    """Exit status of the fork; None where it was ended at the deadline, or because the host is gone."""
+    host = select.poll()
+    host.register(0, 0)  # tells of a closed socket, and of nothing else
     while True:
         pid, ended = os.waitpid(child, os.WNOHANG)
         if pid:
             return ended
         left = deadline - time.monotonic()
-        if left <= 0:
+        if left <= 0 or host.poll(0):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return None
-        signal.sigtimedwait({signal.SIGCHLD}, left)
+        signal.sigtimedwait({signal.SIGCHLD}, min(left, LISTENING))
 
 
 def _ending(ended, report):
@@ -198,14 +205,30 @@ def _ending(ended, report):
     return STATUS[kind], line
 
 
+def answer():
+    """Answer one request of the host (a line of JSON with the arguments of `call`); false where it closed the socket.
+
+    The reply says who forked this process, which is the first of a world of its own.
+    """
+    with open(0, "rb", closefd=False) as requests:
+        line = requests.readline()
+    if line:
+        reply = call(**json.loads(line)) | {"worker": os.getppid()}
+        with open(0, "wb", closefd=False) as replies:
+            replies.write(json.dumps(reply).encode() + b"\n")
+    return bool(line)
+
+
 def serve():
-    """Answer the host's requests (a line of JSON with the arguments of `call`) until it closes the socket."""
+    """Fork a keeper for one request after the other, each before the request is there, until one doesn't answer."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # `_wait` takes it up
     import_libraries()
-    with open(0, "rb", closefd=False) as requests, open(0, "wb", closefd=False) as replies:
-        for line in requests:
-            replies.write(json.dumps(call(**json.loads(line))).encode() + b"\n")
-            replies.flush()
+    answered = True
+    while answered:
+        keeper = os.fork()
+        if keeper == 0:
+            os._exit(0 if answer() else 1)
+        answered = os.waitpid(keeper, 0)[1] == 0
 
 
 def import_libraries():

@@ -4,6 +4,7 @@ A scenario is a subclass of `Scenario` in a module of its own, whose instance is
 (data, training, evolution, pipeline, tables, figures) goes through that object.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -152,6 +153,14 @@ class Scenario:
     def test_items(self, parameters: Any) -> list:
         """The items that an evolution plays."""
         return self.fold(self.read_items("test", parameters.data), parameters, inside=True)
+
+    def prompts_digest(self, parameters: Any) -> str:
+        """SHA-256 (hexadecimal) of all test items that an evolution may play, of which ``items`` may take some."""
+        path = self.path("test", parameters.data)
+        if path.is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        rows = [item.model_dump_json() for item in self.test_items(parameters)]
+        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
     def environments(self, data: str | Path) -> list[str]:
         """Names of the environments of all splits, in order."""

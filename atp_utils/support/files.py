@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import reprlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,14 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from atp_utils import shown
 
 Model = TypeVar("Model", bound=BaseModel)
+# Bytes of a YAML file, which is read by a slow reader: ten times what any of ours has.
+LARGEST_YAML = 1 << 17
+# Bytes of a name: file systems take 255, and figures and locks add to it.
+LONGEST_NAME = 180
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3  # YAML's aliases may nest what a line names to any depth
+# What reading YAML raises: its constructors pass on what int, float and datetime make of strange numbers and dates.
+_NO_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @contextlib.contextmanager
@@ -74,6 +83,16 @@ def each_line(path: Path, content: bytes, read: Callable[[bytes], Any]) -> Itera
         yield where, value
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; raises FileNotFoundError, or ValueError naming the file that holds none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{shown(path)}: no such file")
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{shown(path)} is damaged: {error}") from None
+
+
 def read_jsonl(path: Path, model: type[Model]) -> list[Model]:
     """Rows of ``path`` as ``model``; raises ValueError naming the line that is malformed."""
     if not path.is_file():
@@ -91,10 +110,11 @@ def as_folder(name: str) -> str:
     """What a model is called in file names, which can't hold a slash; raises ValueError for what no file can be."""
     folder = name.replace("/", "--")
     # Snakemake reads braces as a wildcard, and a command line a dash as an option.
-    if not folder.isprintable() or folder != folder.strip() or not name.strip(".") or re.search(r"^-|[{}]", name):
+    strange = not folder.isprintable() or folder != folder.strip() or not name.strip(".")
+    if strange or re.search(r"^-|[{}]", name) or len(folder.encode()) > LONGEST_NAME:
         raise ValueError(
-            f"{name!r} can't name a folder of results: no dash in front, no braces, no control characters, "
-            "no space around it, not only dots"
+            f"{name[:LONGEST_NAME]!r} can't name a folder of results: no dash in front, no braces, no control "
+            f"characters, no space around it, not only dots, at most {LONGEST_NAME} bytes"
         )
     return folder
 
@@ -120,9 +140,11 @@ def read_yaml(path: Path, kind: Any, quoted: bool = True) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{shown(path)}: no such file")
+    if path.stat().st_size > LARGEST_YAML:
+        raise ValueError(f"{shown(path)}: larger than {LARGEST_YAML >> 10} KiB, which is no file of settings or texts")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _NO_YAML as error:
         raise ValueError(f"{shown(path)}: not valid YAML: {' '.join(str(error).split())}") from None
     try:
         return TypeAdapter(kind).validate_python(content)
@@ -145,6 +167,14 @@ def explain(error: ValidationError, quoted: bool = True) -> str:
     for detail in error.errors(include_url=False):
         where = ".".join(str(part) for part in detail["loc"])
         where = f"{where}: " if where else ""
-        got = f" (got {str(detail['input'])[:80]!r})" if quoted else ""
+        got = f" (got {_beginning(detail['input'])!r})" if quoted else ""
         parts.append(f"{where}{detail['msg']}{got}")
     return "; ".join(parts)
+
+
+def _beginning(value: Any) -> str:
+    """The first characters of a value, without writing out all of what may be huge (YAML's aliases)."""
+    try:
+        return (value if isinstance(value, str) else _SHORT.repr(value))[:80]
+    except ValueError:  # a number of more digits than Python writes out
+        return f"a huge {type(value).__name__}"

@@ -71,10 +71,7 @@ def holds(folder: Path, name: str = "out") -> dict[str, Any] | None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{shown(folder)} is a file: name a folder by {name}")
     if (marker := folder / MARKER).is_file():
-        try:
-            return dict(json.loads(marker.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{shown(marker)} is damaged ({error}): name another folder") from None
+        return files.read_json(marker)
     # A kill may leave half a marker under its temporary name, and another process may just have marked the folder.
     passing = (MARKER, f".{Path(MARKER).stem}-")
     if folder.is_dir() and any(not entry.name.startswith(passing) for entry in folder.iterdir()):

@@ -2,29 +2,61 @@
 
 import os
 import platform
+import re
 import subprocess
+import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from atp_utils import ROOT
+from atp_utils.support import files
 
 MANIFEST = "manifest.json"
-PACKAGES = ("torch", "transformers", "trl", "peft", "openai", "pandas", "pydantic")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in ``folder``; raises what `files.read_json` does."""
+    return files.read_json(folder / MANIFEST)
+
+
+PACKAGE = "atp-utils"
 
 
 def made_by() -> dict[str, Any]:
     """What makes results now: installed packages, machine, commit and the time."""
     return {
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": packages(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "processor": processor(),
         "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / (1 << 30), 1),
+        "gpus": _gpus(),
         "commit": _commit(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def packages() -> dict[str, str]:
+    """Versions of all packages that the project asks for, as they are installed."""
+    asked = (text for text in requires(PACKAGE) or () if "extra ==" not in text)
+    found = {}
+    for name in sorted(re.match(r"[\w.-]+", text)[0] for text in asked):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # one for another system
+            continue
+    return found
+
+
+def _gpus() -> list[str]:
+    # Not imported for this: a run that was answered by servers does without.
+    torch = sys.modules.get("torch")
+    return [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())] if torch else []
 
 
 def processor() -> str:

@@ -24,8 +24,11 @@ def _number(value: Any) -> Any:
 
 
 def _distinct(values: list) -> list:
-    if twice := [value for place, value in enumerate(values) if value in values[:place]]:
-        raise ValueError(f"{twice[0]!r} stands twice")
+    seen: set[str] = set()
+    for value in values:
+        if repr(value) in seen:
+            raise ValueError(f"{value!r} stands twice")
+        seen.add(repr(value))
     return values
 
 

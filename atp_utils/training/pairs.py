@@ -9,7 +9,7 @@ from atp_utils.evolution import loop
 from atp_utils.evolution.journal import Journal
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Message, Sampling
-from atp_utils.models.chat_template import render
+from atp_utils.models.chat_template import as_text, render
 from atp_utils.runs import Run
 from atp_utils.scenarios import preferences
 from atp_utils.support import progress
@@ -50,7 +50,8 @@ def preference_rows(run: Run, items: Sequence) -> tuple[list[dict[str, str]], di
             found = loop.run_all([sample(item, *ways) for item in items], engine, record, bar)
         pairs, counts = scenario.pairs(found, given.max_pairs)
     rows = [
-        {"prompt": render(tokenizer, pair["messages"]), "chosen": pair["chosen"], "rejected": pair["rejected"]}
+        {"prompt": render(tokenizer, pair["messages"])}
+        | {side: as_text(tokenizer, pair[side]) for side in ("chosen", "rejected")}
         for pair in pairs
     ]
     return rows, dict(counts)

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ def fit(out: Path, given: Any, rows: list[dict], report: Callable[[int], None]) 
     """
     models.quiet()
     disable_progress_bars()
+    began = time.monotonic()
     # A launcher's own: checkpoints of sharded trainings can't be read by others.
     checkpoints = out / CHECKPOINTS / (Path(given.launcher).stem or "here")
     prefers = isinstance(given, parameters.Dpo)
@@ -177,7 +179,9 @@ def fit(out: Path, given: Any, rows: list[dict], report: Callable[[int], None]) 
     if trainer.is_world_process_zero():
         models.check_adapter(out, given.model)
         (out / "training_args.bin").unlink(missing_ok=True)
-        files.write_json(out / ORIGIN, made_by())
+        seconds = round(time.monotonic() - began, 1)
+        made_of = models.made_of(given.model, dtype=given.dtype)
+        files.write_json(out / ORIGIN, {"made_of": made_of, "seconds": seconds} | made_by())
         # The log is written once the adapter is whole: its presence says that the training has ended.
         files.write_text(out / UNCHECKED, _log(trainer.state.log_history).to_csv(index=False, float_format="%.6g"))
 
