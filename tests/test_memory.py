@@ -212,4 +212,4 @@ def test_what_is_left_of_memory_bounds_batches_and_kept_chats(tiny, monkeypatch)
     model = engine._load()
     monkeypatch.setattr(engine, "_load", lambda: model)
     monkeypatch.setattr(weights_memory, "free_bytes", lambda all_gpus: (2 * 18 * each * 100, "this machine"))
-    assert engine.model is model and engine.batch_tokens == 100 and engine._kept.limit == 18 * each * 50
+    assert engine.held_tokens == 1600 and engine.model is model and engine._kept.limit == 18 * each * 50
