@@ -7,6 +7,8 @@ Floating-point sums depend on the batch's shape, so log-probabilities repeat to 
 to the bit.
 """
 
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +24,11 @@ from atp_utils.engines.kv_cache import KeptChats, check_attention, context_lengt
 from atp_utils.engines.next_token import processors
 from atp_utils.evolution.parsing import prompted_thinking
 from atp_utils.evolution.requests import Reply, Request, Sampling, collapse
+from atp_utils.models import weights_memory
 from atp_utils.models.chat_template import common_prefix, decode, encode, render, tokenised, turn_end
 from atp_utils.support.code_digest import PACKAGE, code_of
+
+SHARE = 0.7  # of the free memory that a batch's keys and values may take: buffers grow by an eighth, and copy
 
 
 @dataclass
@@ -53,8 +58,9 @@ class TransformersEngine:
     Weights are loaded at the first request, so a replayed run never needs them. ``batch_tokens`` bounds the
     padded tokens of one forward pass (by default 4096, on a GPU 16384), ``cache_bytes`` the kept keys and
     values (least recently used conversations go first). ``forward_tokens`` counts the tokens that the model
-    had to read, ``answered`` the chats of different content. A chat that doesn't fit into the model's context, with
-    its options or ``max_new_tokens`` more, gets the finish reason ``context``, no text and no log-probabilities.
+    had to read, ``answered`` the chats of different content. A reply ends with the model's context where
+    ``max_new_tokens`` would go beyond it. A chat that fills the context, or does so with an option, gets the finish
+    reason ``context``, no text and no log-probabilities.
 
     Raises ValueError for a model whose layers keep a running state, and what `models.identity` raises.
     """
@@ -96,7 +102,7 @@ class TransformersEngine:
         kinds: dict[int | Sampling, list[_Row]] = {}
         for row in sorted(rows, key=lambda row: len(row.ids)):
             sampling = row.request.sampling
-            if len(row.ids) + max(map(len, row.tails), default=sampling.max_new_tokens) > self.context:
+            if len(row.ids) + max(map(len, row.tails), default=1) > self.context:
                 yield from ((index, Reply("", len(row.ids) - row.shared, 0, "context")) for index in row.indices)
             else:
                 kinds.setdefault(len(row.tails) or sampling, []).append(row)
@@ -108,14 +114,29 @@ class TransformersEngine:
                 yield from ((index, outcome) for index in row.indices)
 
     def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-        batch, fresh = [], 0
+        batch, fresh, room = [], 0, self._room()
         for row in rows:
             fresh = max(fresh, row.new)
-            if batch and fresh * (len(batch) + 1) > self.batch_tokens:
+            longest = len(row.ids) + (0 if row.tails else self._limit(row))
+            if batch and (fresh * (len(batch) + 1) > self.batch_tokens or longest * (len(batch) + 1) > room):
                 yield batch
-                batch, fresh = [], row.new
+                batch, fresh, room = [], row.new, self._room()
             batch.append(row)
         yield batch
+
+    def _room(self) -> float:
+        """Tokens whose keys and values fit on the GPUs; a batch has all of its rows as long as its longest reply."""
+        if not torch.cuda.is_available():
+            return math.inf
+        needed = self._token_bytes
+        return SHARE * weights_memory.free_bytes(all_gpus=True)[0] / needed
+
+    @cached_property
+    def _token_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+        one, cache = torch.zeros(1, 1, dtype=torch.long, device=self.model.device), growing_cache()
+        self.model(one, past_key_values=cache, use_cache=True)
+        return sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
 
     def _row(self, request: Request, indices: Sequence[int] = ()) -> _Row:
         opening = ""
@@ -156,7 +177,9 @@ class TransformersEngine:
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, keep: int) -> torch.Tensor:
         """Logits [rows, keep, vocabulary] in float32 after the last ``keep`` tokens of ``ids``."""
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        # A reply that has ended is padded, beyond the context too.
+        last = int(min(self.context, sys.maxsize)) - 1
+        positions = (mask.cumsum(-1) - 1).clamp(0, last)[:, -ids.shape[1] :]
         read = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         out = self.model(**read, past_key_values=cache, use_cache=True, logits_to_keep=keep)
         return out.logits.float()
@@ -202,7 +225,7 @@ class TransformersEngine:
         new = self._drawn(rows, ids, mask, cache)
         replies = []
         for place, row in enumerate(rows):
-            tokens = new[place].tolist()
+            tokens = new[place].tolist()[: self._limit(row)]
             end = next((i for i, token in enumerate(tokens) if token in self._stop_ids()), None)
             # A reply that is cut off in a block that the prompt opened would otherwise pass for an answer.
             text = row.opening + decode(self.tokenizer, tokens[:end])
@@ -215,8 +238,12 @@ class TransformersEngine:
             self._kept.keep(row.request.messages, row.ids + tokens[:read], cache, place, slots)
         return replies
 
+    def _limit(self, row: _Row) -> int:
+        """Most new tokens of a reply: those asked for, or what its chat leaves of the context."""
+        return int(min(row.request.sampling.max_new_tokens, self.context - len(row.ids)))
+
     def _drawn(self, rows: list[_Row], ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """New tokens [rows, up to ``max_new_tokens``], padded behind a stop token.
+        """New tokens [rows, up to the largest limit], padded behind a stop token or a row's own limit.
 
         Drawn here, because `generate` mixes in the settings that come with a model: penalties, suppressed or forced
         tokens, stop strings.
@@ -224,13 +251,14 @@ class TransformersEngine:
         sampling = rows[0].request.sampling
         process = processors(sampling, [row.request.seed for row in rows])
         stops = torch.tensor(self._stop_ids(), device=ids.device)
+        limits = torch.tensor([self._limit(row) for row in rows], device=ids.device)
         ended = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
         fed, new = ids[:, cache.get_seq_length() :], []
-        for _ in range(sampling.max_new_tokens):
+        for count in range(1, int(limits.max()) + 1):
             scores = process(ids, self._forward(fed, mask, cache, 1)[:, -1])
             token = scores.argmax(-1).masked_fill(ended, self.tokenizer.pad_token_id)
             new.append(token)
-            ended |= torch.isin(token, stops)
+            ended |= torch.isin(token, stops) | (limits <= count)
             if ended.all():
                 break
             fed, mask = token[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
