@@ -90,6 +90,7 @@ def _runs(results: Path) -> Iterator[tuple[dict[str, Any], str]]:
             "run": run.relative_to(results).as_posix(),
             "decisions": facts["counts"]["decisions"],
             "invalid": facts["counts"]["invalid"],
+            "cut": facts["counts"].get("faults", {}).get("cut", 0),
             "protocol": given["protocol"],
             "precision": identity[2] if len(identity) > 2 else "–",
             "seconds": facts.get("seconds"),
