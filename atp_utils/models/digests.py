@@ -12,6 +12,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 # that is none of these counts: answering anew is dear, but old answers under a changed model are wrong.
 NO_PART = {".md", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".png", ".jpg", ".pdf", ".log", ".csv"}
 NO_PART_NAMES = {"LICENSE", "NOTICE", "USE_POLICY", "trainer_state.json", "all_results.json", "train_results.json"}
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # Who wrote a configuration, where it lay, and what loading is told anyway.
 NO_SETTINGS = {"transformers_version", "peft_version", "_name_or_path", "dtype", "torch_dtype"}
 
@@ -25,8 +26,13 @@ def folder_digest(folder: Path) -> str:
 
 
 def adapter_digest(folder: Path) -> str:
-    """16 hex characters over an adapter's weights and its configuration, which scales them."""
-    return _joined((name, _content(folder / name)) for name in ("adapter_config.json", "adapter_model.safetensors"))
+    """16 hex characters over an adapter's weights and its configuration, which scales them.
+
+    Of a model all of whose weights were trained likewise: its tokenizer is its base's, and the rest is about its training.
+    """
+    names = [name for name in ADAPTER if (folder / name).is_file()]
+    names = names or ["config.json", "generation_config.json", *(path.name for path in folder.glob("*.safetensors"))]
+    return _joined((name, _content(folder / name)) for name in names if (folder / name).is_file())
 
 
 def sha256(path: Path) -> str:

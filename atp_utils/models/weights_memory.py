@@ -2,6 +2,8 @@
 
 import gc
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +43,13 @@ def free_bytes(all_gpus: bool) -> tuple[int, str]:
     torch.cuda.empty_cache()
     devices = range(torch.cuda.device_count()) if all_gpus else [torch.cuda.current_device()]
     return sum(torch.cuda.mem_get_info(device)[0] for device in devices), f"the GPU ({len(devices)} of them)"
+
+
+def most_held() -> int:
+    """Most bytes that this process has held: of the GPU's memory, or else of the machine's (Linux counts in KiB)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager
