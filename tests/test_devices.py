@@ -128,6 +128,11 @@ def test_all_weights_are_trained_in_shares_and_saved_whole(method, tiny, tmp_pat
     alone = train_both(method, tiny, tmp_path / "alone", **whole)
     log = train_both(method, tiny, tmp_path / "launched", fsdp, **whole)
     assert log["loss"].tolist() == pytest.approx(alone["loss"].tolist(), abs=1e-4)
+    if method == "grpo":
+        # The reference is whole in every process too.
+        assert log["kl"].tolist() == pytest.approx(alone["kl"].tolist(), abs=1e-4) and log["kl"][0] == pytest.approx(
+            0, abs=1e-5
+        )
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("alone", "launched")]
     # Shares don't know that two of the model's weights are one: it is saved under both names.
     torch.testing.assert_close(weights[1].pop("lm_head.weight"), weights[1]["model.embed_tokens.weight"])
