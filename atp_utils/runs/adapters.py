@@ -53,12 +53,10 @@ def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def publish(run: Path, root: Path = PUBLISHED) -> list[Path]:
-    """Publish the complete adapters below ``run/adapters`` that are small enough, and no whole model.
+    """Publish the complete adapters below ``run/adapters`` that are small enough; returns their folders.
 
-    Returns their folders.
-
-    An adapter that was published before takes the new one's place, or leaves it. Raises FileExistsError for a folder
-    that isn't ours.
+    Whole models are not published. An adapter that was published before takes the new one's place, or leaves it. Raises
+    FileExistsError for a folder that isn't ours.
     """
     done = []
     for manifest in folders.below(run / "adapters", MANIFEST):

@@ -96,13 +96,11 @@ def check(run: Run, method: str) -> dict[str, Any]:
 def adapter(run: Run, method: str, rows: list[dict]) -> pd.DataFrame:
     """Train a LoRA adapter by ``method`` ("dpo" or "grpo") into the run's folder, once; returns the training log.
 
-    With ``lora_rank`` 0 all weights are trained, and what is called the adapter here is a whole model.
-
-    A finished adapter is returned as it is, an interrupted training goes on from its checkpoint. The folder gets a
-    marker, the adapter, ``training_log.csv`` and, last, ``manifest.json``; an adapter of another training that it held
-    is set aside if the run may ``overwrite``. Columns of the log: step, and those of `CURVES` that the method has. The
-    launcher is no part of the settings: it decides where a training runs, not which it is. GRPO's reward is the
-    scenario's.
+    With ``lora_rank`` 0 all weights are trained, and what is called the adapter here is a whole model. A finished
+    adapter is returned as it is, an interrupted training goes on from its checkpoint. The folder gets a marker, the
+    adapter, ``training_log.csv`` and, last, ``manifest.json``; an adapter of another training that it held is set aside
+    if the run may ``overwrite``. Columns of the log: step, and those of `CURVES` that the method has. The launcher is
+    no part of the settings: it decides where a training runs, not which it is. GRPO's reward is the scenario's.
 
     Raises as `check` does, and RuntimeError where the answers are left with less probability than ``min_mass``: the
     folder then has the adapter, but no manifest, and its log is ``unchecked_log.csv``. A lower ``min_mass`` takes that
