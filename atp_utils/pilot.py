@@ -37,9 +37,9 @@ ITEMS, STEPS = 2, 2
 def pilot(profile: Profile, folder: Path) -> pd.DataFrame:
     """One row a kind of job: model, scenario, job, jobs, GPUs, unit, units, seconds and tokens a unit, hours, most GB.
 
-    Runs in ``folder``. ``jobs`` counts the arms and conditions that an evolution is run for (each
-    taken to be as long as the standard one); ``units`` and ``hours`` are of all of
-    them, loading the model included.
+    Runs in ``folder``. An evolution counts as one GPU's job, a training as that of all its launcher's processes.
+    ``jobs`` counts the arms and conditions that an evolution is run for (each taken to be as long as the standard one);
+    ``units`` and ``hours`` are of all of them, loading the model included.
     """
     data = folder / "data"
     runs.write_data(profile.given(runs.DATA) | {"out": str(data)})
