@@ -18,8 +18,8 @@ RUN = runs/$(NAME)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::FutureWarning,ignore::DeprecationWarning
 
-# Without a workflow profile Snakemake takes profiles/default.
-SNAKEMAKE_local = --cores $(CORES)
+# Without a workflow profile Snakemake takes profiles/default. With GPUS jobs that take one GPU run side by side.
+SNAKEMAKE_local = --cores $(CORES) $(if $(GPUS),--resources gpu=$(GPUS) --set-threads align=1000 evolve=$(shell echo $$((($(CORES) + $(GPUS) - 1) / $(GPUS)))))
 SNAKEMAKE_slurm = --workflow-profile "$(SLURM_PROFILE)" --slurm-logdir "$(CURDIR)/$(RUN)/slurm"
 ifeq ($(SNAKEMAKE_$(EXECUTOR)),)
 $(error EXECUTOR=$(EXECUTOR): expected local or slurm)
@@ -57,14 +57,14 @@ $(LLAMA_CPP_INSTALLED): $(INSTALLED)
 model: $(INSTALLED) ## fetch and convert an embedded model (MODEL= one of data/models.yaml)
 	@$(BIN)/python -m atp_utils.models $(if $(SERVERS),,"$(MODEL)")
 
-pilot: model ## run the smallest of each kind of a profile's jobs and say what the whole takes (PROFILE=, MODEL=)
-	@$(BIN)/python -m atp_utils.pilot "$(PROFILE)" $(if $(MODEL),--model "$(MODEL)")
+pilot: model ## run the smallest of each kind of a profile's jobs and say what the whole takes (PROFILE=, MODEL=, DOLLARS= a GPU-hour)
+	@$(BIN)/python -m atp_utils.pilot "$(PROFILE)" $(if $(MODEL),--model "$(MODEL)") $(if $(DOLLARS),--dollars "$(DOLLARS)")
 
 # --nolock: a killed run would leave its lock behind, and each run folder has a lock of its own.
 # MODEL is run in place of the profile's; ADAPTERS=train trains adapters that are published too; SERVERS, addresses with
-# commas between or a file, answer in place of this machine: docs/servers.md.
-reproduce: model $(if $(filter slurm,$(EXECUTOR)),$(CLUSTER_INSTALLED)) ## run a profile (PROFILE=quick|laptop|paper, MODEL=, EXECUTOR=local|slurm), then print its tables
-	$(BIN)/snakemake $(SNAKEMAKE_$(EXECUTOR)) --config profile="$(PROFILE)" model="$(MODEL)" servers="$(SERVERS)" adapters="$(ADAPTERS)" --rerun-incomplete --nolock --quiet host reason
+# commas between or a file, answer in place of this machine: docs/servers.md. GPUS=8 is for one machine that has so many.
+reproduce: model $(if $(filter slurm,$(EXECUTOR)),$(CLUSTER_INSTALLED)) ## run a profile (PROFILE=quick|laptop|paper|paper_one_gpu, MODEL=, GPUS=, EXECUTOR=local|slurm), then print its tables
+	$(BIN)/snakemake $(SNAKEMAKE_$(EXECUTOR)) --config profile="$(PROFILE)" model="$(MODEL)" servers="$(SERVERS)" adapters="$(ADAPTERS)" gpus="$(GPUS)" --rerun-incomplete --nolock --quiet host reason
 	@$(BIN)/python -m atp_utils.analysis.report "$(RUN)"
 
 test: model ## ruff, pytest and the notebooks by nbval

@@ -41,6 +41,11 @@ if TRAINS not in ("published", "train"):
     raise ValueError(f"ADAPTERS={TRAINS}: expected published or train")
 
 
+# `make reproduce GPUS=8`: so many GPUs of one machine. A training has all of them, evolutions one each, side by side.
+GPUS = int(config.get("gpus") or 0)
+ONE_GPU = f"--gpus {GPUS}" if GPUS else ""
+
+
 def given(**values):
     """Options of `atp_utils.run`, quoted for the shell: paths and names may hold anything."""
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
@@ -169,8 +174,8 @@ rule align:
         "align: {wildcards.method} of {params.name} on {wildcards.scenario}, seed {wildcards.seed}"
     threads: 8
     resources:
-        gpu=1,
-        mem_mb=64000,
+        gpu=GPUS or 1,
+        mem_mb=128000,
         runtime=1440,
     shell:
         "python -m atp_utils.run {params.notebook} {log.notebook:q} --profile {PROFILE:q} {params.given}"
@@ -197,7 +202,7 @@ rule demonstrate:
         mem_mb=64000,
         runtime=120,
     shell:
-        "python -m atp_utils.run {params.notebook} {log.notebook:q} {params.given}"
+        "python -m atp_utils.run {params.notebook} {log.notebook:q} {params.given} {ONE_GPU}"
 
 
 rule evolve:
@@ -222,7 +227,7 @@ rule evolve:
         mem_mb=64000,
         runtime=1440,
     shell:
-        "python -m atp_utils.run {params.notebook} {log.notebook:q} --profile {PROFILE:q} {params.given} {SERVED}"
+        "python -m atp_utils.run {params.notebook} {log.notebook:q} --profile {PROFILE:q} {params.given} {SERVED} {ONE_GPU}"
 
 
 rule figures:

@@ -81,9 +81,10 @@ class Training(Parameters):
     max_steps: Natural = option(3, "optimiser steps; 0: as many as the epochs take")
     batch_size: Positive = option(1, "pairs, or prompts of GRPO, that are computed at once")
     accumulation: Positive = option(1, "batches of a step, shared out among processes")
-    lora_rank: Positive = option(8, "rank of the adapter")
+    lora_rank: Natural = option(8, "rank of the adapter; 0: all weights are trained, in float32")
     lora_alpha: Rate = option(16.0, "scale of the adapter, over its rank")
     lora_targets: Text = option("all-linear", "layers that it adapts: all-linear, or names with commas between")
+    scheduler: Literal["cosine", "linear"] = option("cosine", "how the learning rate falls to 0")
     warmup_ratio: Share = option(0.1, "share of the steps in which the learning rate rises")
     save_steps: Positive = option(10, "steps between checkpoints")
     temperature: Temperature = option(1.0, "of written replies")
@@ -105,8 +106,15 @@ class Dpo(Training):
     beta: NotNegative = option(0.1, "how far the policy may move from where it started")
     max_attempts: Positive = option(3, "how often a reply is asked for in all")
     max_new_tokens: Positive = option(96, "longest written reply")
+    thinking: Flag = option(False, "whether written replies are trained on with the thinking in front of them")
     min_mass: Share = option(0.5, "least probability of the two bare answers together; below it a training fails")
     stop_margin: NotNegative = option(0.0, "margin at which training ends, all pairs being apart; 0: never")
+
+    @model_validator(mode="after")
+    def _bare_answers_have_no_thinking(self):
+        if self.thinking and self.pairs == "answers":
+            raise ValueError("thinking must be false where pairs are answers: nobody has thought in front of these")
+        return self
 
 
 class Grpo(Training):
@@ -256,6 +264,7 @@ class Profile(BaseModel):
     ``notebooks`` maps a notebook to its parameters; those of ``notebook/part`` are for one scenario (training) or one
     condition (evolution) that is run. ``models`` maps each model to what it has otherwise, in the same form. A scenario
     that ``conditions`` doesn't name has the standard one; one that ``training_seeds`` doesn't name one training an arm.
+    A file that is ``like`` another profile has what it doesn't say from there, notebook by notebook.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -265,6 +274,21 @@ class Profile(BaseModel):
     conditions: Annotated[Conditions, AfterValidator(_conditions)] = {}
     training_seeds: dict[ScenarioName, Annotated[list[Natural], Field(min_length=1), Distinct]] = {}
     notebooks: Settings
+
+    @model_validator(mode="before")
+    @classmethod
+    def _laid_over(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "like" not in given:
+            return given
+        own = dict(given)
+        under = files.read_yaml(named_file("profile", PROFILES, str(own.pop("like"))), dict[str, Any])
+        if "like" in under:
+            raise ValueError(f"like: {given['like']} is itself like another profile: name that one")
+        if isinstance(books := own.get("notebooks"), dict):
+            before = under.get("notebooks", {})
+            alike = {key for key, values in books.items() if isinstance(values, dict)} & before.keys()
+            own["notebooks"] = before | books | {key: before[key] | books[key] for key in alike}
+        return under | own
 
     @model_validator(mode="after")
     def _evolutions_can_be_run(self):

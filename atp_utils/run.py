@@ -5,10 +5,15 @@ notebook appears at OUT also when a cell fails. Progress bars are drawn on this 
 """
 
 import argparse
+import fcntl
+import itertools
 import logging
 import os
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import papermill
@@ -42,6 +47,30 @@ def run(notebook: str | Path, out: str | Path, values: dict) -> None:
             cwd=str(ROOT),
             config=transport,
         )
+
+
+@contextmanager
+def one_of(gpus: int) -> Iterator[str]:
+    """Hide all but one of this machine's ``gpus``, one that no other run of this user holds; waits for it.
+
+    Yields its number. The lock ends with the process, however that ends.
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = (given or ",".join(map(str, range(gpus)))).split(",")[:gpus]
+    for name in itertools.cycle(visible):
+        with open(f"/tmp/atp-{os.getuid()}-gpu-{name}", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(1 / len(visible))
+                continue
+            os.environ["CUDA_VISIBLE_DEVICES"] = name
+            try:
+                yield name
+            finally:
+                del os.environ["CUDA_VISIBLE_DEVICES"]
+                os.environ |= {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
+            return
 
 
 def check_target(source: Path, target: Path) -> None:
@@ -82,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="a parameter; lists and booleans as JSON",
     )
     parser.add_argument("--profile", help="take the notebook's parameters from profiles/PROFILE.yaml; -p wins")
+    parser.add_argument("--gpus", type=int, help="of so many GPUs hide all but one that no other run holds")
     options = parser.parse_args(arguments)
     name = Path(options.notebook).stem
     try:
@@ -92,7 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.profile:
             profile = parameters.read_profile(options.profile)
             values = profile.given(name, given.get("scenario") or given.get("condition"), given.get("model")) | given
-        run(options.notebook, options.out, values)
+        with one_of(options.gpus) if options.gpus else nullcontext():
+            run(options.notebook, options.out, values)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -91,6 +91,23 @@ def test_the_quick_profile_trains_nothing_that_it_evolves(scenario):
             assert adapters.published(model, scenario, arm, int(seed), given), policy
 
 
+PUBLISHED = sorted(path.parent for path in resolve(adapters.PUBLISHED).glob(f"*/*/*/*/{MANIFEST}"))
+
+
+@pytest.mark.parametrize("place", PUBLISHED, ids=lambda place: "-".join(place.parts[-4:]))
+def test_what_was_published_is_found_by_the_settings_that_it_had(place):
+    """Also by today's parameters, of which some are newer than its manifest."""
+    scenario, arm, seed = place.parts[-3:]
+    given = json.loads((place / MANIFEST).read_text())["settings"]
+    asked = parameters.check(parameters.ALIGN[arm], given).model_dump(mode="json")
+    found = adapters.published(given["model"], scenario, arm, int(seed), asked)
+    assert resolve(found) == place
+    newer = set(asked) - set(given)
+    assert all(asked[name] == getattr(parameters.Dpo(), name) for name in newer)
+    for name in newer & {"scheduler"}:
+        assert not adapters.published(given["model"], scenario, arm, int(seed), asked | {name: "linear"})
+
+
 @pytest.mark.parametrize(
     ("changes", "taken"),
     [({}, True), ({"out": "else", "data": "else", "launcher": "x"}, True), ({"beta": 0.2}, False)],

@@ -55,11 +55,12 @@ def tiny(embedded, tmp_path_factory):
     return str(folder)
 
 
-def train_both(method: str, tiny: str, out: Path, launcher: str = ""):
+def train_both(method: str, tiny: str, out: Path, launcher: str = "", **changes):
+    given = SETTINGS | {"launcher": launcher} | changes
     if method == "dpo":
-        return trainer.adapter(a_run("dpo", tiny, out, **SETTINGS, min_mass=0, launcher=launcher), "dpo", PAIRS)
-    changes = {"scenario": "tool_use", "group_size": 2, "max_new_tokens": 2, "launcher": launcher}
-    return trainer.adapter(a_run("grpo", tiny, out, **SETTINGS, **changes), "grpo", PROBLEMS)
+        return trainer.adapter(a_run("dpo", tiny, out, **given | {"min_mass": 0}), "dpo", PAIRS)
+    given |= {"scenario": "tool_use", "group_size": 2, "max_new_tokens": 2}
+    return trainer.adapter(a_run("grpo", tiny, out, **given), "grpo", PROBLEMS)
 
 
 @pytest.fixture
@@ -119,6 +120,30 @@ def test_two_processes_train_what_one_does_also_after_a_kill(method, layout, tin
     for name in weights[0] | weights[1]:
         torch.testing.assert_close(weights[1][name], weights[0][name], rtol=0, atol=1e-3)
     models.check_adapter(out, tiny)
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_all_weights_are_trained_in_shares_and_saved_whole(method, tiny, tmp_path, fsdp):
+    whole = {"lora_rank": 0, "max_steps": 2, "scheduler": "linear", "learning_rate": 1e-4}
+    alone = train_both(method, tiny, tmp_path / "alone", **whole)
+    log = train_both(method, tiny, tmp_path / "launched", fsdp, **whole)
+    assert log["loss"].tolist() == pytest.approx(alone["loss"].tolist(), abs=1e-4)
+    if method == "grpo":
+        # The reference is whole in every process too: another one would be far from the policy.
+        assert log["kl"].tolist() == pytest.approx(alone["kl"].tolist(), abs=1e-3)
+        assert log["kl"][0] == pytest.approx(0, abs=1e-5)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("alone", "launched")]
+    # Shares don't know that two of the model's weights are one: it is saved under both names.
+    torch.testing.assert_close(weights[1].pop("lm_head.weight"), weights[1]["model.embed_tokens.weight"])
+    assert weights[0].keys() == weights[1].keys() and len(weights[0]) > 18
+    before = models.load_weights(tiny, "float32").state_dict()
+    moved, apart = (
+        sum((one[name].float() - other[name]).square().sum().item() for name in weights[0]) ** 0.5
+        for one, other in ((before, weights[0]), (weights[1], weights[0]))
+    )
+    # Adam turns the sign of a gradient next to zero into a whole step, so that a few weights may differ.
+    assert moved > 0 and apart < 0.1 * moved
+    assert models.check_adapter(tmp_path / "launched", tiny) is False
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -37,6 +37,7 @@ def start(monkeypatch):
         ("base", "runs/a", "", "base takes no adapter"),
         ("dpo", "", "", "dpo and grpo need one, or servers"),
         ("dpo", "runs/a", NOBODY, "together with servers.*--lora-modules role_play-dpo=runs/a"),
+        ("grpo", "runs/a", NOBODY, "a whole model: vllm serve runs/a --served-model-name role_play-grpo"),
     ],
 )
 def test_arm_adapter_and_servers_must_fit(tmp_path, arm, adapter, servers, message):
@@ -57,6 +58,7 @@ def test_servers_are_addresses_or_a_file(tmp_path):
         ("urls: []", "urls: List should have"),
         ("urls: [localhost:8000]", "expected a server's address, such as http://127.0.0.1:8000/v1"),
         (f"urls: [{NOBODY}]\ntimeout: 0", "timeout"),
+        (f"urls: [{NOBODY}]\narms: {{role_play-grpo: [there]}}", "arms.role_play-grpo.0: .*a server's address"),
         (f"urls: [{NOBODY}]\nkey: {KEY}", "key: Extra"),
     ):
         path.write_text(wrong)
@@ -75,6 +77,20 @@ def test_an_arm_is_asked_for_by_name(start, tmp_path, arm, asked):
     server.models["data"].pop(0)
     with pytest.raises(ValueError, match=f"serves 'other', not '{asked}'"):
         open_engine("toy", "role_play", arm, "", server.url, tmp_path / "new")
+
+
+def test_an_arm_may_have_servers_of_its_own(start, tmp_path):
+    """As a model trained whole has, which is no adapter of the base model; here it is served under its folder."""
+    folder = "runs/paper/adapters/role_play/m/grpo-0"
+    base, whole = start(names=["toy"]), start(names=[folder])
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"urls: [{base.url}]\narms: {{role_play-grpo: [{whole.url}]}}\nnames: {{role_play-grpo: {folder}}}\n"
+    )
+    for arm, server in (("base", base), ("grpo", whole)):
+        engine = open_engine("toy", "role_play", arm, "", str(path), tmp_path / arm)
+        assert [found.url for found in engine._servers] == [server.url]
+    assert Servers.of(str(path)).of_arm("collusion", "grpo").urls == [base.url]
 
 
 def test_a_record_of_the_same_model_is_opened_without_its_servers(start, embedded, tmp_path, monkeypatch):

@@ -133,8 +133,20 @@ def test_a_chat_too_long_for_the_context_is_answered_so_and_the_others_go_on(sta
     replies = answers(engine, [free(number) for number in range(4)])
     assert replies[2] == Reply("", 0, 0, "context")
     assert [reply.text for reply in replies] == ["Say 0. 0", "Say 1. 1", "", "Say 3. 3"]
-    # Nothing was learnt of what the server takes, and the field that its words name is still sent.
-    assert all(body["max_tokens"] == 64 for body in server.served)
+    # It was asked once more without a limit. Nothing was learnt of what the server takes: the field is still sent.
+    assert len(server.posts) == 5 and all(body["max_tokens"] == 64 for body in server.served)
+
+
+@pytest.mark.parametrize("words", CONTEXT[:2])
+def test_a_limit_beyond_the_context_is_left_to_the_server(start, words):
+    def rule(body):
+        if body.get("max_tokens") or body.get("max_completion_tokens"):
+            return {"status": 400, "error": {"message": words, "code": 400}}
+        return chat("as far as there is room", finish_reason="length")
+
+    server = start(rule)
+    replies = answers(asking(server.url, retries=0), [free(1), free(2)])
+    assert [(reply.text, reply.finish_reason) for reply in replies] == [("as far as there is room", "length")] * 2
 
 
 def test_forced_choices_too_long_for_the_context_share_one_answer(start, monkeypatch):

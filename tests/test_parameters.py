@@ -120,6 +120,41 @@ def test_a_bad_profile_is_refused_by_file_and_key(tmp_path, old, new, message):
         read_profile(str(path))
 
 
+LIKE = """
+like: {other}
+arms: [base, dpo]
+notebooks:
+  01_generate_data: {simple_problems: 300}
+  02_align_dpo: {beta: 0.3}
+"""
+
+
+def test_a_profile_may_be_like_another_but_for_what_it_says(tmp_path):
+    (tmp_path / "other.yaml").write_text(PROFILE.replace("{seed: 1}", "{seed: 1, simple_problems: 400}"))
+    path = tmp_path / "mine.yaml"
+    path.write_text(LIKE.replace("{other}", str(tmp_path / "other.yaml")))
+    profile = read_profile(str(path))
+    assert profile.notebooks == {"01_generate_data": {"seed": 1, "simple_problems": 300}, "02_align_dpo": {"beta": 0.3}}
+    assert (list(profile.models), profile.arms) == (["smollm2-135m"], ["base", "dpo"])
+    assert profile.of_model("a/b").notebooks == profile.notebooks
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LIKE.replace("{other}", "huge"), "no profile 'huge'"),
+        (LIKE.replace("{other}", "mine.yaml"), "is itself like another"),
+        (LIKE.replace("{other}", "quick").replace("beta: 0.3", "beta: x"), r"mine\.yaml.*02_align_dpo.*parameter beta"),
+        (LIKE.replace("{other}", "quick").replace("{beta: 0.3}", "3"), r"mine\.yaml.*02_align_dpo.*valid dictionary"),
+    ],
+)
+def test_what_a_profile_cannot_be_like_is_refused(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("mine.yaml", str(path)))
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"(?s){message}"):
+        read_profile(str(path))
+
+
 NOTEBOOKS = "  01_generate_data: {seed: 1}\n"
 
 

@@ -1,6 +1,7 @@
 import pandas as pd
 import pytest
 import yaml
+from trainings import a_run
 
 from atp_utils import ROOT, parameters, pilot
 from atp_utils.scenarios.registry import SCENARIOS
@@ -10,6 +11,8 @@ from atp_utils.scenarios.registry import SCENARIOS
 def table(tiny, tmp_path_factory):
     """The pilot of all scenarios and arms of a tiny random model."""
     profile = yaml.safe_load((ROOT / "tests/profiles/smoke.yaml").read_text()) | {"models": {tiny["qwen3"]: {}}}
+    # One method trains an adapter, the other all weights.
+    profile["notebooks"]["03_align_grpo"] |= {"lora_rank": 0, "scheduler": "linear"}
     path = tmp_path_factory.mktemp("pilot") / "mine.yaml"
     path.write_text(yaml.safe_dump(profile))
     return pilot.pilot(parameters.read_profile(str(path)), path.parent / "scratch")
@@ -24,7 +27,24 @@ def test_every_kind_of_job_is_measured_and_its_units_counted(table):
     assert units.xs("evolution", level="job").to_dict() == {"role_play": 24, "collusion": 168, "tool_use": 18}
     # The profile trains for one step.
     assert set(units.drop("evolution", level="job")) == {1}
-    assert (table["seconds"] > 0).all() and (table["hours"] > 0).all() and pilot._most_memory() > 5e7
+    assert (table["seconds"] > 0).all() and (table["hours"] > 0).all() and (table["most_gb"] > 0.05).all()
+
+
+def test_nothing_that_was_trained_is_left(table, tmp_path_factory):
+    [scratch] = tmp_path_factory.getbasetemp().glob("pilot*/scratch")
+    assert not list(scratch.rglob("*.safetensors"))
+
+
+def test_a_model_that_writes_no_pair_is_timed_on_the_longest(tiny, splits, tmp_path):
+    run = a_run("dpo", tiny["qwen3"], tmp_path, pairs="written", protocol="reason", max_new_tokens=9, thinking=True)
+    rows = pilot.longest_rows(run, splits[0][:2])
+    assert [row["chosen"] for row in rows] == [" yes" * 9] * 2 and rows[0]["rejected"] == " no" * 9
+    assert splits[0][0].prompt in rows[0]["prompt"] and rows[0]["prompt"].endswith("<|im_start|>assistant\n")
+
+
+def test_the_bill_is_that_of_every_gpu():
+    jobs = pd.DataFrame({"hours": [1.5, 10.0], "gpus": [8, 1]})
+    assert pilot.bill(jobs, 3.0) == "22.0 GPU hours x $3 = $66"
 
 
 def test_hours_are_units_times_seconds_and_what_is_done_once():

@@ -1,5 +1,6 @@
 """Problems: two solvers agree, the paper's limits hold, files are reproducible, and rows are filtered as stated."""
 
+import ast
 import contextlib
 import io
 import json
@@ -11,6 +12,8 @@ import sys
 from collections import Counter
 from fractions import Fraction
 
+import datasets
+import pandas as pd
 import pytest
 from problem_checks import CHECKS
 
@@ -19,6 +22,7 @@ from atp_utils.problems import Problem, families, generate, load, make_problem, 
 from atp_utils.problems.answers import extract_answer, parse_number
 from atp_utils.problems.filters import NO_ANSWER, Gsm8k, OpenThoughts, true_number
 from atp_utils.problems.templates import TEMPLATES, draw_complex, draw_simple
+from atp_utils.scenarios import tool_use
 from atp_utils.scenarios.tool_use.items import draw_problems
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -384,6 +388,49 @@ def test_the_hub_is_asked_for_the_papers_data_sets(hub):
         ("openai/gsm8k", "main", dict(split="train", streaming=True)),
         ("open-thoughts/OpenThoughts-114k", "metadata", dict(split="train", streaming=True)),
     ]
+
+
+SCHEMA = (
+    "problem", "deepseek_reasoning", "deepseek_solution", "ground_truth_solution", "domain", "source", "test_cases",
+    "starter_code",
+)  # fmt: skip
+DROPPED = {
+    "rows": 13, "kept": 4, "duplicate": 1, "needs a proof or a figure": 2, "another topic": 1, NO_ANSWER: 3,
+    "not mathematics": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def openthoughts(monkeypatch):
+    """The hub with rows written for this test, in the columns of OpenThoughts' configuration ``metadata``."""
+    rows = [json.loads(line) for line in (ROOT / "tests/hub_rows/openthoughts.jsonl").read_text().splitlines()]
+    features = datasets.Features({name: datasets.Value("string") for name in SCHEMA})
+    complex_ones = datasets.Dataset.from_list(rows, features=features)
+    asked = {"openai/gsm8k": datasets.Dataset.from_list([ROBE, ROBE | {"question": f"Two {ROBE['question']}"}])}
+    asked["open-thoughts/OpenThoughts-114k"] = complex_ones
+    monkeypatch.setattr("datasets.load_dataset", lambda name, *_, **__: asked[name].to_iterable_dataset())
+
+
+def test_rows_of_openthoughts_are_kept_or_dropped_for_a_reason(openthoughts):
+    problems, counts = load("complex", 4, "hub")
+    assert counts == DROPPED
+    assert {(problem.family, problem.answer) for problem in problems} == {
+        ("combinatorics", "24"), ("combinatorics", "7"), ("algorithmic", "1"), ("algebra", "-5"),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="5 complex problems asked for, 4 found; counts: .*'another topic': 1"):
+        load("complex", 5, "hub")
+
+
+def test_notebook_1_prints_what_was_dropped_and_why(openthoughts):
+    cells = json.loads((ROOT / "notebooks/01_generate_data.ipynb").read_text())["cells"]
+    [cell] = ["".join(cell["source"]) for cell in cells if "draw_problems(" in "".join(cell["source"])]
+    *before, printed = ast.parse(cell).body
+    given = {"simple_problems": 2, "complex_problems": 4, "problem_source": "hub", "seed": 7, "tool_use": tool_use}
+    given["pd"] = pd
+    exec(compile(ast.Module(before, []), "cell", "exec"), given)
+    table = eval(compile(ast.Expression(printed.value), "cell", "eval"), given)
+    assert table["complex"][table["complex"] > 0].to_dict() == DROPPED
+    assert table["simple"][table["simple"] > 0].to_dict() == {"rows": 2, "kept": 2}
 
 
 def test_changed_columns_of_the_hub_are_named(hub):

@@ -92,3 +92,29 @@ def test_progress_goes_to_a_log_and_not_to_a_socket(tmp_path):
         for stderr, expected in (theirs, os.devnull), (log, "/fd/2"), (subprocess.PIPE, "/fd/2"):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT, check=True)
             assert done.stdout.strip().endswith(expected)
+
+
+HOLDS = """import sys
+from atp_utils import run
+held = run.one_of(2)
+print(held.__enter__(), flush=True)
+sys.stdin.read()"""
+
+
+def test_runs_side_by_side_have_a_gpu_each_and_one_too_many_waits(monkeypatch):
+    """Numbers alone: no GPU is asked."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"{os.getpid()}a,{os.getpid()}b,{os.getpid()}c")
+    names = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    with run.one_of(2) as first:
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == first == names[0]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
+        other = subprocess.Popen([sys.executable, "-c", HOLDS], cwd=ROOT, stdin=-1, stdout=-1, text=True)
+        assert other.stdout.readline().strip() == names[1]
+        waiting = subprocess.Popen([sys.executable, "-c", HOLDS], cwd=ROOT, stdin=-1, stdout=-1, text=True)
+        other.kill()  # what it held is free again
+        assert waiting.stdout.readline().strip() == names[1]
+        waiting.communicate("")
+    other.communicate()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join(names)
+    for name in names[:2]:
+        os.unlink(f"/tmp/atp-{os.getuid()}-gpu-{name}")

@@ -272,7 +272,7 @@ def test_a_chat_that_does_not_fit_is_answered_so_and_the_others_go_on(sampling, 
         chat(text) if sampling is None else replace(chat(text), options=(), sampling=sampling) for text in texts
     ]
     lengths = [engine._row(request) for request in requests]
-    needed = [len(row.ids) + (max(map(len, row.tails)) if row.tails else 12) for row in lengths]
+    needed = [len(row.ids) + (max(map(len, row.tails)) if row.tails else 1) for row in lengths]
     engine.context = needed[1]
     assert all(reply.finish_reason != "context" for _, reply in engine.answer(requests))
     engine.context = needed[1] - 1
@@ -282,6 +282,32 @@ def test_a_chat_that_does_not_fit_is_answered_so_and_the_others_go_on(sampling, 
     assert (long.text, long.completion_tokens, long.logprobs) == ("", 0, None)
     assert long.prompt_tokens == len(lengths[1].ids) - lengths[1].shared
     assert replies[0].logprobs is None or all(map(math.isfinite, replies[0].logprobs))
+
+
+def test_a_reply_ends_with_the_context_and_the_others_of_its_batch_go_on(tmp_path):
+    texts = ["Hi.", "Hello there, and so on. " * 8, "Hm?"]
+    engine = TransformersEngine(save(tmp_path, "llama", max_position_embeddings=512), dtype=torch.float32)
+    requests = [replace(chat(text), options=(), sampling=Sampling(40, temperature=0)) for text in texts]
+    whole = dict(engine.answer(requests))
+    assert {reply.finish_reason for reply in whole.values()} == {"length"}
+    engine.context = len(engine._row(requests[1]).ids) + 7
+    cut = dict(engine.answer(requests))
+    # As long as the context allows, the same words as before, and counted as cut.
+    assert [cut[i].completion_tokens for i in range(3)] == [40, 7, 40]
+    assert (cut[1].finish_reason, cut[0], cut[2]) == ("length", whole[0], whole[2])
+    assert whole[1].text.startswith(cut[1].text)
+
+
+def test_a_batch_leaves_room_for_replies_as_long_as_they_may_get(tmp_path, monkeypatch):
+    engine = TransformersEngine(save(tmp_path, "llama", max_position_embeddings=512), dtype=torch.float32)
+    config = engine.model.config
+    assert engine._token_bytes == 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    rows = [engine._row(replace(chat("Hi."), options=(), sampling=Sampling(100))) for _ in range(7)]
+    assert [len(batch) for batch in engine._batches(rows)] == [7]
+    monkeypatch.setattr(engine, "_room", lambda: 3 * (len(rows[0].ids) + 100))
+    assert [len(batch) for batch in engine._batches(rows)] == [3, 3, 1]
+    monkeypatch.setattr(engine, "_room", lambda: 1)
+    assert [len(batch) for batch in engine._batches(rows)] == [1] * 7
 
 
 def test_the_context_is_what_the_model_was_trained_on(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atp_utils.analysis import stats
+from atp_utils.analysis import positions, stats
 
 
 def frame(*rows):
@@ -24,6 +24,21 @@ def test_rates_leave_invalid_decisions_out_and_count_them():
     assert (first["n"], first["invalid"], first["rate"]) == (3, pytest.approx(2 / 5), pytest.approx(2 / 3))
     second = table[table["round"] == 2].iloc[0]
     assert (second["n"], second["invalid"]) == (0, 1) and math.isnan(second["rate"])
+
+
+def test_replies_cut_before_their_answer_are_counted_apart_where_there_are_any():
+    rows = frame(("a", 1, True), ("a", 1, None), ("b", 1, None), ("b", 1, None), ("b", 2, True)).assign(fault=None)
+    assert "cut" not in stats.rate_table(rows)
+    rows["fault"] = pd.Series([None, "cut", "unreadable", "cut", None], dtype="string")
+    table = stats.rate_table(rows)
+    assert table["invalid"].tolist() == [0.75, 0] and table["cut"].tolist() == [0.5, 0]
+    wide = stats.round_columns(table)
+    assert wide.loc[("m", "base"), ["invalid %", "cut %"]].tolist() == [37.5, 25]
+    assert list(wide.columns)[:3] == ["n a round", "invalid %", "cut %"]
+    rows = rows.assign(scenario="s", condition="standard", item="i", seed=0, p_deviate=None)
+    counts = positions.contents(rows).loc[("s", "standard", "m", "base")]
+    assert counts[["decisions", "invalid", "cut"]].tolist() == [5, 3, 2]
+    assert "cut" not in positions.contents(rows.assign(fault=None))
 
 
 def grouped(rates, rows):

@@ -715,6 +715,31 @@ def test_a_problem_without_a_program_gets_the_models_own_solution(tmp_path, spli
     assert found["chosen"] is None
 
 
+def test_kept_thinking_stands_in_front_of_what_the_model_wrote_as_it_wrote_it(tmp_path, splits):
+    item = SCENARIO.training_items(splits[0], "dpo")[0].model_copy(update={"program": ""})
+    thought = "<think>\nPerhaps <tool>no</tool>.\n</think>\n\n"
+
+    def rule(request):
+        number = request.key.rsplit("/", 1)[1]
+        said = (
+            f"<tool>print({item.answer})</tool> Done." if "assisted" in request.key else ["It is 12.", ""][int(number)]
+        )
+        return thought + said
+
+    engine = ScriptedEngine(rule)
+    for keeps in (False, True):
+        protocol = Protocol("reason", keep_thinking=keeps)
+        with Journal(tmp_path / str(keeps)) as journal:
+            episode = alignment.sampling(item, protocol, seed=0, count=2, run_tool=calculator)
+            found = loop.run_all([episode], engine, journal)
+        # A reply that says nothing but thoughts is none.
+        [row], counts = alignment.solution_pairs(found)
+        assert counts == {"kept": 1, "cut off or empty": 1}
+        before = thought if keeps else ""
+        assert row["rejected"] == f"{before}It is 12."
+        assert row["chosen"] == f"{before}<tool>print({item.answer})</tool>"
+
+
 def test_samples_are_freely_written(splits):
     item = splits[0][0]
     for protocol, count in ((CHOOSE, 1), (REASON, 0)):

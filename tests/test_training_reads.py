@@ -5,13 +5,15 @@ from tiny_models import FAMILIES, STOPS
 from trainings import a_run, rows_of
 
 from atp_utils import models
+from atp_utils.engines.scripted import ScriptedEngine
 from atp_utils.engines.transformers_engine import TransformersEngine
 from atp_utils.evolution.parsing import answer_json
 from atp_utils.evolution.protocol import Protocol
-from atp_utils.evolution.requests import DATE, Request
+from atp_utils.evolution.requests import DATE, Request, Sampling
 from atp_utils.models.chat_template import render
 from atp_utils.scenarios import role_play
-from atp_utils.training import trainer
+from atp_utils.training import pairs, trainer
+from atp_utils.training.exact_trainers import preference_ids
 
 PROTOCOLS = ("choose", "reason")
 
@@ -79,3 +81,42 @@ def test_grpo_reads_the_chat_as_the_engine_does(family, protocol, splits, tiny, 
         Request("k", role_play.SCENARIO.opening(item, Protocol(protocol)), 0, options)
     )
     assert read_by_trl("grpo", family, row) == [asked.ids[: len(asked.ids) - asked.shared]]
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_written_pairs_keep_the_thinking_behind_the_prompt_of_the_evolution(
+    thinking, splits, tiny, tmp_path, monkeypatch
+):
+    """The text that Qwen3's DPO trains on; today's default leaves the thinking out, and the prompt says so."""
+    item, thought = splits[0][0], "<think>\nThe rule, or the money?\n</think>\n\n"
+    written = ScriptedEngine(lambda request: f"{thought}So {answer_json(request.key.split('/')[2])}")
+    monkeypatch.setattr(pairs, "open_engine", lambda *_, **__: written)
+    given = {"pairs": "written", "protocol": "reason", "thinking": thinking}
+    run = a_run("dpo", tiny["qwen3"], tmp_path / "adapter", **given)
+    [row], counts = pairs.preference_rows(run, [item])
+    assert counts == {"kept": 1, "without both replies": 0}
+    kept = thought if thinking else ""
+    assert row["chosen"] == f"{kept}So {answer_json(item.compliant)}"
+    assert row["rejected"] == f"{kept}So {answer_json(item.deviant)}"
+    engine = TransformersEngine(tiny["qwen3"])
+    chat = role_play.SCENARIO.opening(item, Protocol("reason"))
+    asked = engine._row(Request("r", chat, 0, sampling=Sampling(thinking=thinking)))
+    ids = preference_ids(engine.tokenizer, row)
+    # The evolution thinks by default: its very prompt is what the trained text begins with.
+    assert ids["prompt_ids"] == asked.ids
+    assert engine.tokenizer.decode(ids["chosen_ids"]) == row["chosen"] + STOPS["qwen3"][0]
+
+
+def test_a_block_that_the_template_opens_is_not_opened_twice(splits, tiny, tmp_path, monkeypatch):
+    item = splits[0][0]
+    run = a_run("dpo", tiny["qwen3"], tmp_path / "adapter", pairs="written", protocol="reason", thinking=True)
+    monkeypatch.setattr(pairs, "render", lambda *_: "user: ...\nassistant: <think>\n")
+    replies = ScriptedEngine(lambda request: f"<think>\nHm.\n</think>\n{answer_json(request.key.split('/')[2])}")
+    monkeypatch.setattr(pairs, "open_engine", lambda *_, **__: replies)
+    [row], _ = pairs.preference_rows(run, [item])
+    assert (row["prompt"] + row["chosen"]).count("<think>") == 1 and "Hm.\n</think>" in row["chosen"]
+
+
+def test_bare_answers_have_no_thinking(tiny, tmp_path):
+    with pytest.raises(ValueError, match="thinking must be false where pairs are answers"):
+        a_run("dpo", tiny["qwen3"], tmp_path, thinking=True)

@@ -285,6 +285,15 @@ def test_servers_reach_the_notebooks_whole(finished):
         assert words[words.index("adapter") + 1] == ""
 
 
+def test_on_several_gpus_a_training_has_all_and_evolutions_one_each(finished):
+    found = commands(finished, config=("gpus=8",))
+    held = {(words[3].split("_")[1], words[-2:] == ["--gpus", "8"]) for words in found}
+    assert {("align", False), ("evolve", True)} <= held and not {("align", True), ("evolve", False)} & held
+    needs = asked(finished, "--workflow-profile", "none", "--config", "profile=tests/profiles/smoke.yaml", "gpus=8")
+    assert (needs["align"]["gpu"], needs["evolve"]["gpu"]) == ("8", "1")
+    assert not any("--gpus" in words for words in commands(finished))
+
+
 def test_another_model_is_run_with_the_profiles_settings(finished):
     found = commands(finished, config=("model=~/mine",))
     models = {words[words.index("model") + 1] for words in found if "model" in words}

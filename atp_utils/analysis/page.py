@@ -90,6 +90,7 @@ def _runs(results: Path) -> Iterator[tuple[dict[str, Any], str]]:
             "run": run.relative_to(results).as_posix(),
             "decisions": facts.counts.get("decisions"),
             "invalid": facts.counts.get("invalid"),
+            "cut": facts.counts.get("faults", {}).get("cut", 0),
             "protocol": given.get("protocol"),
             "precision": identity[2] if len(identity) > 2 else "–",
             "seconds": more.get("seconds"),

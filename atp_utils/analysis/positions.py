@@ -7,13 +7,20 @@ from atp_utils.analysis import stats
 
 
 def contents(decisions: pd.DataFrame) -> pd.DataFrame:
-    """What was run: decisions, invalid ones, items, seeds and rounds by scenario, condition, model and arm."""
+    """What was run: decisions, invalid ones, items, seeds and rounds by scenario, condition, model and arm.
+
+    Where replies were cut by the token limit before their answer, those are counted beside the invalid decisions that
+    they made.
+    """
     groups = decisions.groupby(["scenario", "condition", "model", "arm"], observed=True)
     counts = groups.agg(
         decisions=("valid", "size"), valid=("valid", "sum"), items=("item", "nunique"), seeds=("seed", "nunique"),
         rounds=("round", "nunique"), scored=("p_deviate", "count"),
     )  # fmt: skip
     counts.insert(1, "invalid", counts["decisions"] - counts.pop("valid").astype(int))
+    cut = decisions["fault"].eq(stats.CUT).fillna(False).groupby([decisions[name] for name in groups.keys]).sum()
+    if cut.any():
+        counts.insert(2, "cut", cut.astype(int))
     return counts.assign(protocol=np.where(counts.pop("scored") > 0, "choose", "reason"))
 
 

@@ -15,6 +15,7 @@ from scipy.stats import binomtest, t
 
 ARMS = ("base", "dpo", "grpo")
 LEVEL = 0.95
+CUT = "cut"  # the fault (`evolution.protocol.FAULTS`) of a reply that the token limit ended before its answer
 # A forced choice between answers that are less probable together says little of what a model would write.
 LEAST_MASS = 0.5
 
@@ -99,15 +100,18 @@ def rate_table(
 
     Columns: ``by``, then n (valid decisions with a value), invalid (share of all decisions), rate, low, high
     (95 %, `interval` over `kinds_of` units). Invalid decisions are in no rate's numerator or denominator. What is no
-    ``proportion`` lies in [-1, 1], and so does its interval.
+    ``proportion`` lies in [-1, 1], and so does its interval. Where replies were cut, ``cut`` is the share of decisions
+    that are invalid because the token limit ended the reply before its answer.
     """
+    cut = CUT in set(decisions.get("fault", ()))
     rows = []
     for key, group in decisions.groupby(list(by), sort=True, observed=True):
         valid = group[group["valid"] & group[value].notna()]
         values = valid[value].astype(float)
         ends = interval(values, *(valid[unit] for unit in kinds_of(group, units)), proportion=proportion)
-        rows.append((*key, len(valid), float((~group["valid"]).mean()), float(values.mean()), *np.clip(ends, -1, 1)))
-    return pd.DataFrame(rows, columns=[*by, "n", "invalid", "rate", "low", "high"])
+        facts = [len(valid), float((~group["valid"]).mean()), float(values.mean()), *np.clip(ends, -1, 1)]
+        rows.append((*key, *facts, *([(group["fault"] == CUT).fillna(False).mean()] if cut else [])))
+    return pd.DataFrame(rows, columns=[*by, "n", "invalid", "rate", "low", "high", *(["cut"] if cut else [])])
 
 
 def standard(decisions: pd.DataFrame) -> pd.DataFrame:
@@ -249,4 +253,6 @@ def round_columns(table: pd.DataFrame, by: Sequence[str] = ("model", "arm")) -> 
     facts = table.groupby(list(by)).agg(n=("n", "min"), invalid=("invalid", "mean"))
     wide.insert(0, "n a round", facts["n"])
     wide.insert(1, "invalid %", (100 * facts["invalid"].astype(float)).round(1))
+    if "cut" in table:
+        wide.insert(2, "cut %", (100 * table.groupby(list(by))["cut"].mean().astype(float)).round(1))
     return wide

@@ -29,18 +29,23 @@ def _checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
+Urls = Annotated[list[Annotated[str, AfterValidator(_checked_url)]], Field(min_length=1)]
+
+
 class Servers(BaseModel):
     """Servers that answer in place of this process.
 
-    ``names`` are what they call the weights, by arm (``base``, ``role_play-dpo``). ``tokenizer`` (a model's name or a
-    folder) renders chats here, so that servers which echo log-probabilities score every option whole. ``key_variable``
-    names the environment variable that holds the servers' key; ``concurrency`` counts requests under way, over all.
-    ``timeout`` is in seconds without a byte from a server, ``retries`` are those of a request that failed.
+    ``names`` are what they call the weights, by arm (``base``, ``role_play-dpo``), ``arms`` the addresses of those that
+    have servers of their own, as a model trained whole has. ``tokenizer`` (a model's name or a folder) renders chats
+    here, so that servers which echo log-probabilities score every option whole. ``key_variable`` names the environment
+    variable that holds the servers' key; ``concurrency`` counts requests under way, over all. ``timeout`` is in seconds
+    without a byte from a server, ``retries`` are those of a request that failed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-    urls: Annotated[list[Annotated[str, AfterValidator(_checked_url)]], Field(min_length=1)]
+    urls: Urls
     names: dict[str, str] = {}
+    arms: dict[str, Urls] = {}
     tokenizer: str = ""
     key_variable: Annotated[str, Field(pattern=r"^([A-Z_][A-Z0-9_]*)?$")] = ""
     concurrency: Annotated[int, Field(ge=1, strict=True)] = 32
@@ -62,8 +67,17 @@ class Servers(BaseModel):
 
     def name_of(self, model: str, scenario: str, arm: str, training_seed: int = 0) -> str:
         """What the servers call the weights of an arm."""
-        own = "base" if arm == "base" else f"{scenario}-{arm}" + (f"-{training_seed}" if training_seed else "")
+        own = _arm_name(scenario, arm, training_seed)
         return self.names.get(own, model if arm == "base" else own)
+
+    def of_arm(self, scenario: str, arm: str, training_seed: int = 0) -> "Servers":
+        """These servers, or those that the arm has of its own."""
+        own = self.arms.get(_arm_name(scenario, arm, training_seed))
+        return self.model_copy(update={"urls": own}) if own else self
+
+
+def _arm_name(scenario: str, arm: str, training_seed: int) -> str:
+    return "base" if arm == "base" else f"{scenario}-{arm}" + (f"-{training_seed}" if training_seed else "")
 
 
 def open_engine(
@@ -91,13 +105,14 @@ def open_engine(
     if adapter:
         raise ValueError(
             f"adapter {adapter!r} together with servers: a server answers with the weights that it was started with. "
-            f"Serve the adapter there (vLLM: --lora-modules {name}={adapter}) and leave adapter empty; the arm is "
-            f"then asked for as {name!r}, or as the servers' names say"
+            f"Serve the adapter there (vLLM: --lora-modules {name}={adapter}; a whole model: vllm serve {adapter} "
+            f"--served-model-name {name}) and leave adapter empty; the arm is then asked for as {name!r}, or as the "
+            "servers' names say"
         )
     from atp_utils.engines.openai_engine import OpenAIEngine, sent
 
     asked = {"model": name, "sent": sent(served.tokenizer)}
-    engine = OpenAIEngine(name, served, _known_identity(out, asked))
+    engine = OpenAIEngine(name, served.of_arm(scenario, arm, training_seed), _known_identity(out, asked))
     files.write_json(out / SERVED, asked | {"identity": engine.identity})
     return engine
 

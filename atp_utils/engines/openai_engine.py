@@ -5,7 +5,8 @@ Who repeats what: the ``openai`` client asks a server again after time-outs, bro
 takes for a reply and isn't, and where there are several servers it leaves one that stayed out for the next.
 
 A forced choice is answered in the best way that the servers offer, which ``finish_reason`` names (docs/servers.md). A
-chat that is too long for the model is answered with no text and the finish reason ``context``.
+reply ends with the model's context where ``max_new_tokens`` would go beyond it; a chat that is itself too long is
+answered with no text and the finish reason ``context``.
 """
 
 import hashlib
@@ -113,9 +114,19 @@ class OpenAIEngine:
             self._thread.place += 1
             raise
         except Refused as error:
-            if openai_wire.TOO_LONG.search(str(error)):
-                return Reply("", 0, 0, "context")
-            raise
+            if not openai_wire.TOO_LONG.search(str(error)):
+                raise
+            return self._unlimited(server, request)
+
+    def _unlimited(self, server: Server, request: Request) -> Reply:
+        """The reply to a chat that fills the context with ``max_new_tokens`` more: of whatever length is left."""
+        try:
+            if not request.options:
+                return self._chat(server, request, limited=False)
+        except Refused as error:
+            if not openai_wire.TOO_LONG.search(str(error)):
+                raise
+        return Reply("", 0, 0, "context")
 
     def _can_score(self) -> bool:
         """Whether every server scores options: what a reply means must not depend on which one gave it.
@@ -143,11 +154,16 @@ class OpenAIEngine:
         read = partial(openai_wire.echoed_reply, prompt, options)
         return server.ask(request.key, "/completions", Completion, body, read)
 
-    def _chat(self, server: Server, request: Request) -> Reply:
-        """A chat's reply, asked for again without the fields that the server refuses by name."""
+    def _chat(self, server: Server, request: Request, limited: bool = True) -> Reply:
+        """A chat's reply, asked for again without the fields that the server refuses by name.
+
+        Where it isn't ``limited`` the server ends it with its context.
+        """
         messages, read = openai_wire.sendable(request.messages), partial(openai_wire.chat_reply, request)
         while True:
             fields = openai_wire.chat_fields(request, self._refused, server.maker)
+            if not limited:
+                fields = {name: value for name, value in fields.items() if name not in openai_wire.LIMITS}
             try:
                 body = {"messages": messages, **fields}
                 return server.ask(request.key, "/chat/completions", ChatCompletion, body, read)

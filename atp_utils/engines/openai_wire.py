@@ -26,6 +26,8 @@ NEUTRAL = {
 CARRIERS = {
     "temperature": "temperature", "top_p": "top_p", "top_k": "generation_config", "thinking": "chat_template_kwargs",
 }  # fmt: skip
+# What bounds a reply's length: the newer name is OpenAI's own.
+LIMITS = ("max_tokens", "max_completion_tokens")
 # Probability that other ways of writing the options may have before the first token counts as ambiguous.
 NEGLIGIBLE = 1e-3
 # A bound on the options that weren't listed is worth recording up to this share of the likeliest option.

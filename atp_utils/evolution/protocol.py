@@ -25,8 +25,9 @@ FAULTS = ("unreadable", "cut", "context")
 class Protocol:
     """Protocol ``name``, the attempts before a ``reason`` decision is invalid, how text is sampled and its choice read.
 
-    ``keep_thinking``: whether an agent finds the thinking of its earlier replies in its chat; by default only the
-    answers. ``opened``: whether scored answers count as opened for the model: what all options begin with is given.
+    ``keep_thinking``: whether an agent finds the thinking of its earlier replies in its chat, and a trained text has
+    it; by default only the answers. ``opened``: whether scored answers count as opened for the model: what all options
+    begin with is given.
     """
 
     name: Name = "choose"

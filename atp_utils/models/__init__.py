@@ -18,8 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 from atp_utils import resolve, shown
 from atp_utils.models import chat_template, embedded, precisions, weights_memory
-from atp_utils.models.digests import adapter_digest, folder_digest
+from atp_utils.models.digests import ADAPTER, adapter_digest, folder_digest
 from atp_utils.support import files
+from atp_utils.support.manifest import MANIFEST
 
 EMBEDDED = "smollm2-135m"
 
@@ -42,7 +43,7 @@ def locate(name: str) -> str:
     """
     folder = embedded.prepare(name) if name in embedded.registry() else resolve(name)
     if folder.is_dir():
-        if not any(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
+        if not is_model(folder):
             raise FileNotFoundError(f"{shown(folder)} holds no model (config.json and *.safetensors expected)")
         return str(folder)
     if name.count("/") != 1 or not all(part.strip(".") for part in name.split("/")):
@@ -90,15 +91,20 @@ def load_weights(name: str, dtype: str | torch.dtype = "auto", device_map: str |
     return model
 
 
-def load(name: str, adapter: str | Path | None = None, dtype: str | torch.dtype = "auto") -> Any:
-    """Model ``name`` for inference, with a LoRA adapter merged into its weights if one is given.
+def load(
+    name: str,
+    adapter: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device_map: str | None = "auto",
+) -> Any:
+    """Model ``name`` for inference, with the LoRA adapter in the folder ``adapter`` merged into its weights.
 
-    Raises FileNotFoundError for a folder that is no adapter and ValueError for an adapter of another base.
+    Where that folder holds a whole model, trained from ``name``, it is this one. Raises what `check_adapter` does.
     """
-    if adapter is not None:
-        check_adapter(resolve(adapter), name)
-    model = load_weights(name, dtype, "auto" if torch.cuda.is_available() else None)
-    if adapter is not None:
+    whole = adapter is not None and not check_adapter(resolve(adapter), name)
+    source = str(resolve(adapter)) if whole else name
+    model = load_weights(source, dtype, device_map if torch.cuda.is_available() else None)
+    if adapter is not None and not whole:
         from peft import PeftModel  # takes seconds to import, and the base arm does without
 
         model = PeftModel.from_pretrained(model, resolve(adapter)).merge_and_unload()
@@ -118,7 +124,7 @@ def made_of(name: str, adapter: str | Path | None = None, dtype: str | torch.dty
     """What a reply depends on besides its request, without loading weights: full hashes by part.
 
     The model's files (a hub model's revision), the precision, the chat template with what it makes of a chat, and the
-    adapter, if one is given.
+    adapter or the weights trained from it.
     """
     source = locate(name)
     revision = folder_digest(Path(source)) if Path(source).is_dir() else read_config(name)._commit_hash
@@ -159,13 +165,32 @@ def _naming(name: str) -> Iterator[None]:
         raise OSError(f"model {name!r} can't be loaded: {error}") from error
 
 
-def check_adapter(folder: Path, base: str) -> None:
-    """Raise unless ``folder`` is a PEFT adapter that was trained on ``base``."""
-    path = folder / "adapter_config.json"
-    if not path.is_file() or not (folder / "adapter_model.safetensors").is_file():
+def check_adapter(folder: Path, base: str) -> bool:
+    """Whether ``folder`` holds a PEFT adapter of ``base`` (adapter_config.json), or else a whole model trained from it.
+
+    Raises FileNotFoundError where it holds neither, and ValueError where its base is another.
+    """
+    adapter = (folder / ADAPTER[0]).is_file()
+    if not all((folder / name).is_file() for name in ADAPTER) and (adapter or not is_model(folder)):
         raise FileNotFoundError(
-            f"{shown(folder)} is no LoRA adapter (adapter_config.json and adapter_model.safetensors expected)"
+            f"{shown(folder)} is no LoRA adapter (adapter_config.json and adapter_model.safetensors expected) and no "
+            "model (config.json and *.safetensors)"
         )
-    trained_on = files.read_json(path).get("base_model_name_or_path")
+    if adapter:
+        trained_on = files.read_json(folder / ADAPTER[0]).get("base_model_name_or_path")
+    else:
+        # Only its training's manifest names the base.
+        manifest = folder / MANIFEST
+        trained_on = files.read_json(manifest)["settings"]["model"] if manifest.is_file() else base
+        shapes = [(config.model_type, config.vocab_size) for config in map(read_config, (str(folder), base))]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{shown(folder)} is a model of {shapes[0]}, and {base!r} one of {shapes[1]}")
     if trained_on != base:
-        raise ValueError(f"{shown(folder)} is an adapter of {trained_on!r}, not of {base!r}")
+        what = "an adapter of" if adapter else "a model trained from"
+        raise ValueError(f"{shown(folder)} is {what} {trained_on!r}, not of {base!r}")
+    return adapter
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model's configuration and weights."""
+    return any(folder.glob("*.safetensors")) and (folder / "config.json").is_file()

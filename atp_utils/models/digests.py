@@ -14,6 +14,7 @@ from atp_utils.support import files
 # that is none of these counts: answering anew is dear, but old answers under a changed model are wrong.
 NO_PART = {".md", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".png", ".jpg", ".pdf", ".log", ".csv"}
 NO_PART_NAMES = {"LICENSE", "NOTICE", "USE_POLICY", "trainer_state.json", "all_results.json", "train_results.json"}
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # Who wrote a configuration, where it lay, and what loading is told anyway.
 NO_SETTINGS = {"transformers_version", "peft_version", "_name_or_path", "dtype", "torch_dtype"}
 
@@ -27,8 +28,13 @@ def folder_digest(folder: Path) -> str:
 
 
 def adapter_digest(folder: Path) -> str:
-    """SHA-256 (hexadecimal) over an adapter's weights and its configuration, which scales them."""
-    return _joined((name, _content(folder / name)) for name in ("adapter_config.json", "adapter_model.safetensors"))
+    """SHA-256 (hexadecimal) over an adapter's weights and its configuration, which scales them.
+
+    Of a model all of whose weights were trained likewise: its tokenizer is its base's, the rest is about its training.
+    """
+    names = [name for name in ADAPTER if (folder / name).is_file()]
+    names = names or ["config.json", "generation_config.json", *(path.name for path in folder.glob("*.safetensors"))]
+    return _joined((name, _content(folder / name)) for name in names if (folder / name).is_file())
 
 
 def sha256(path: Path) -> str:

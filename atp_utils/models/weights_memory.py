@@ -2,6 +2,8 @@
 
 import gc
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +82,13 @@ def _left(group: Path, limit: str, used: str, cached: str) -> Iterator[int]:
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that memory, a GPU's or the machine's, had no room."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def most_held() -> int:
+    """Most bytes that this process has held: of the GPU's memory, or else of the machine's (Linux counts in KiB)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager

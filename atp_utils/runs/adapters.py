@@ -12,8 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from atp_utils import resolve, shown
-from atp_utils.parameters import EVOLVE
+from atp_utils import parameters, resolve, shown
+from atp_utils.parameters import ALIGN, EVOLVE
 from atp_utils.runs import PLACE
 from atp_utils.support import files, folders
 from atp_utils.support.files import as_folder
@@ -34,13 +34,17 @@ def folder(model: str, scenario: str, arm: str, seed: int, root: Path = PUBLISHE
 def published(
     model: str, scenario: str, arm: str, seed: int, settings: Mapping[str, Any], root: Path = PUBLISHED
 ) -> str:
-    """The folder of the published adapter that was trained with ``settings``, a training's parameters; else ""."""
+    """The folder of the published adapter that was trained with ``settings``, a training's parameters; else "".
+
+    Parameters that are newer than the adapter count as having had their defaults.
+    """
     place = folder(model, scenario, arm, seed, root)
     manifest = resolve(place) / MANIFEST
     if not manifest.is_file() or not (resolve(place) / WEIGHTS).is_file():
         return ""
     before = read_manifest(resolve(place)).get("settings", {})
-    return str(place) if _deciding(before) == _deciding(settings) else ""
+    defaults = parameters.model_of(ALIGN[arm])().model_dump(mode="json")
+    return str(place) if _deciding(defaults | before) == _deciding(settings) else ""
 
 
 def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,13 +54,13 @@ def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
 def publish(run: Path, root: Path = PUBLISHED) -> list[Path]:
     """Publish the complete adapters below ``run/adapters`` that are small enough; returns their folders.
 
-    An adapter that was published before takes the new one's place, or leaves it. Raises FileExistsError for a folder
-    that isn't ours.
+    Whole models are not published. An adapter that was published before takes the new one's place, or leaves it. Raises
+    FileExistsError for a folder that isn't ours.
     """
     done = []
     for manifest in folders.below(run / "adapters", MANIFEST):
         trained, facts = manifest.parent, read_manifest(manifest.parent)
-        if (trained / WEIGHTS).stat().st_size > LARGEST:
+        if not (trained / WEIGHTS).is_file() or (trained / WEIGHTS).stat().st_size > LARGEST:
             continue
         given, method = facts["settings"], facts["training"]["method"]
         target = resolve(folder(given["model"], given["scenario"], method, given["seed"], root))

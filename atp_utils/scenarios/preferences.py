@@ -31,8 +31,8 @@ def elicitation(
 ) -> Generator[list[Request], list, dict]:
     """Episode that gets the model's own reply for either option, asked for by an instruction added here only.
 
-    Returns a pair with the chat of the plain prompt, so training never sees the added instruction; a reply is None
-    where no attempt gave a valid one with that option. ``count`` has no meaning here.
+    Returns a pair with the chat of the plain prompt, so training never sees the added instruction (though kept thinking
+    may speak of it); a reply is None where no attempt gave a valid one with that option. ``count`` has no meaning here.
     """
     plain = opening(item, protocol, False)
     found: dict[str, str | None] = {item.compliant: None, item.deviant: None}
@@ -43,7 +43,7 @@ def elicitation(
         replies = yield [_elicit(item, plain, option, attempt, seed, protocol) for option in wanted]
         for option, reply in zip(wanted, replies, strict=True):
             if parse_choice(reply.text, item.options) == option:
-                found[option] = split_thinking(reply.text)[1]
+                found[option] = reply.text if protocol.keep_thinking else split_thinking(reply.text)[1]
     return {"item": item.id, "messages": plain, "chosen": found[item.compliant], "rejected": found[item.deviant]}
 
 
@@ -56,8 +56,8 @@ def _elicit(item: Any, plain: list[Message], option: str, attempt: int, seed: in
 def elicited_pairs(found: Sequence[dict]) -> tuple[list[dict], dict[str, int]]:
     """The pairs of `elicitation` that have both replies, and counts.
 
-    The replies are without thinking, and so is the prompt's mode: behind a prompt that asks for thinking they would
-    train the model to leave it out.
+    Replies without thinking go with a prompt in that mode: behind one that asks for thinking they would train the model
+    to leave it out.
     """
     whole = [pair for pair in found if pair["chosen"] is not None and pair["rejected"] is not None]
     return whole, {"kept": len(whole), "without both replies": len(found) - len(whole)}

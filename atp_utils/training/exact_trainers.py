@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
@@ -56,8 +57,14 @@ def in_order(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: values[number] for name, values in columns.items()} for number in range(len(batches))]
 
 
+def _models(trainer: Any) -> list[Any]:
+    """The policy below PEFT and, where all its weights are trained, the reference below a launcher's wrapper."""
+    policy = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
+    return [policy] + ([trainer.accelerator.unwrap_model(trainer.ref_model)] if trainer.ref_model is not None else [])
+
+
 class ExactDPOTrainer(DPOTrainer):
-    """`trl.DPOTrainer` on `preference_ids`, for an adapter, in which a pair's prompt is computed once.
+    """`trl.DPOTrainer` on `preference_ids`, in which a pair's prompt is computed once.
 
     Where rows come up again, the reference's log-probabilities of all of them are computed before the training. Where
     ``measures_mass`` is true, the mean of `answers_mass` is logged.
@@ -67,13 +74,16 @@ class ExactDPOTrainer(DPOTrainer):
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
-        score_answers(self.model.get_base_model())
+        for model in _models(self):
+            score_answers(model)
         args = self.args
         seen = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
         # A sharded model can't be read before the training, whose start shards it: TRL reads it in every step.
         if seen > len(self.train_dataset) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.train_dataset = self._with_reference(self.train_dataset)
             self.precompute_ref_logps = True
+            # Where all weights are trained it is a copy of what the policy was until now.
+            self.ref_model = None
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
         return Dataset.from_list([preference_ids(processing_class, row) for row in dataset])
@@ -104,7 +114,7 @@ class ExactDPOTrainer(DPOTrainer):
 
 
 class ExactGRPOTrainer(GRPOTrainer):
-    """`trl.GRPOTrainer`, for an adapter, whose prompts get no token that their text doesn't have.
+    """`trl.GRPOTrainer`, whose prompts get no token that their text doesn't have.
 
     A group's prompt is read once where its replies are sampled, and once in the loss. TRL shuffles the replies of a
     step between reference and policy, which parts groups. Here they stay in order: a step's gradient is the same, where
@@ -114,8 +124,9 @@ class ExactGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
-        score_answers(self.model.get_base_model())
-        share_prefill(self.model.get_base_model())
+        for model in _models(self):
+            score_answers(model)
+        share_prefill(_models(self)[0])
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
         return self.processing_class(text=prompts, add_special_tokens=False)["input_ids"], None, {}

@@ -7,6 +7,7 @@ from atp_utils import models
 from atp_utils.engines import open_engine
 from atp_utils.evolution import loop
 from atp_utils.evolution.journal import Journal
+from atp_utils.evolution.parsing import prompted_thinking
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Message, Sampling
 from atp_utils.models.chat_template import as_text, render
@@ -34,11 +35,12 @@ def preference_rows(run: Run, items: Sequence) -> tuple[list[dict[str, str]], di
     As the run's ``pairs`` says: "answers" are the two bare JSON answers, behind the prompt that names the options in
     either order, "written" what the base model writes for the
     scenario's sampler. Written replies are journalled beside the run's folder, so that they outlive a change of the
-    training.
+    training. With ``thinking`` they keep it, and the prompt lets the model think, as an evolution's does.
     """
     given, scenario = run.parameters, run.scenario
     tokenizer = models.load_tokenizer(given.model)
-    how = Protocol(given.protocol, given.max_attempts, Sampling(given.max_new_tokens, given.temperature))
+    sampling = Sampling(given.max_new_tokens, given.temperature)
+    how = Protocol(given.protocol, given.max_attempts, sampling, keep_thinking=given.thinking)
     if given.pairs == "answers":
         pairs = [pair for item in items for pair in preferences.answer_pairs(item, _opening(run), how)]
         counts = {"kept": len(pairs)}
@@ -49,11 +51,13 @@ def preference_rows(run: Run, items: Sequence) -> tuple[list[dict[str, str]], di
             ways = (_opening(run), how, given.seed, given.samples_per_problem)
             found = loop.run_all([sample(item, *ways) for item in items], engine, record, bar)
         pairs, counts = scenario.pairs(found, given.max_pairs)
-    rows = [
-        {"prompt": render(tokenizer, pair["messages"])}
-        | {side: as_text(tokenizer, pair[side]) for side in ("chosen", "rejected")}
-        for pair in pairs
-    ]
+    rows = []
+    for pair in pairs:
+        prompt = render(tokenizer, pair["messages"], given.thinking)
+        # A template may open the block of thinking itself, and the engine then puts its mark in front of the reply.
+        opened = prompted_thinking(prompt) if given.thinking else ""
+        answers = {side: as_text(tokenizer, pair[side].removeprefix(opened)) for side in ("chosen", "rejected")}
+        rows.append({"prompt": prompt, **answers})
     return rows, dict(counts)
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters by DPO and GRPO (TRL + PEFT), in this process or in several.
+"""LoRA adapters, or whole models, by DPO and GRPO (TRL + PEFT), in this process or in several.
 
 The training is written once, in `fit`. Without a launcher it runs here; with one, `launch` starts processes that run
 ``python -m atp_utils.training.trainer FOLDER``, which reads its task from the folder and calls the same function. A
@@ -97,11 +97,11 @@ def check(run: Run, method: str) -> dict[str, Any]:
 def adapter(run: Run, method: str, rows: list[dict]) -> pd.DataFrame:
     """Train a LoRA adapter by ``method`` ("dpo" or "grpo") into the run's folder, once; returns the training log.
 
-    A finished adapter is returned as it is, an interrupted training goes on from its checkpoint. The folder gets a
-    marker, the adapter, ``training_log.csv`` and, last, ``manifest.json``; an adapter of another training that it held
-    is set aside if the run may ``overwrite``. Columns of the log: step, and those of `CURVES` that the method has. The
-    launcher is no part of the settings: it decides where a training runs, not which it is. GRPO's reward is the
-    scenario's.
+    With ``lora_rank`` 0 all weights are trained, and what is called the adapter here is a whole model. A finished
+    adapter is returned as it is, an interrupted training goes on from its checkpoint. The folder gets a marker, the
+    adapter, ``training_log.csv`` and, last, ``manifest.json``; an adapter of another training that it held is set aside
+    if the run may ``overwrite``. Columns of the log: step, and those of `CURVES` that the method has. The launcher is
+    no part of the settings: it decides where a training runs, not which it is. GRPO's reward is the scenario's.
 
     Raises as `check` does, and RuntimeError where the answers are left with less probability than ``min_mass``: the
     folder then has the adapter, but no manifest, and its log is ``unchecked_log.csv``. A lower ``min_mass`` takes that
@@ -121,7 +121,8 @@ def adapter(run: Run, method: str, rows: list[dict]) -> pd.DataFrame:
     # are those of the training, which may be older than the code that asks.
     origin = json.loads((out / ORIGIN).read_text(encoding="utf-8"))
     facts = {"settings": run.settings, "training": settings, "rows": len(rows), "steps": int(log["step"].iloc[-1])}
-    weights = {"sha256": sha256(out / WEIGHTS)}
+    hashes = {path.name: sha256(path) for path in sorted(out.glob("*.safetensors"))}
+    weights = {"sha256": hashes[WEIGHTS] if given.lora_rank else hashes}
     files.write_json(out / MANIFEST, facts | weights | origin)
     for used in (CHECKPOINTS, LAUNCHED):
         shutil.rmtree(out / used, ignore_errors=True)
@@ -174,14 +175,16 @@ def fit(out: Path, given: Any, rows: list[dict], report: Callable[[int], None]) 
         # Without tqdm the Trainer would print a dictionary a step.
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Steps(given, report))
-        trainer.train(resume_from_checkpoint=_last_whole(checkpoints))
+        done = trainer.train(resume_from_checkpoint=_last_whole(checkpoints))
         trainer.save_model(str(out))
     if trainer.is_world_process_zero():
         models.check_adapter(out, given.model)
         (out / "training_args.bin").unlink(missing_ok=True)
         seconds = round(time.monotonic() - began, 1)
+        # Of the steps since the last checkpoint, without loading and saving the model.
+        cost = {"train_seconds": round(done.metrics["train_runtime"], 2), "most_bytes": weights_memory.most_held()}
         made_of = models.made_of(given.model, dtype=given.dtype)
-        files.write_json(out / ORIGIN, {"made_of": made_of, "seconds": seconds} | made_by())
+        files.write_json(out / ORIGIN, {"made_of": made_of, "seconds": seconds} | cost | made_by())
         # The log is written once the adapter is whole: its presence says that the training has ended.
         files.write_text(out / UNCHECKED, _log(trainer.state.log_history).to_csv(index=False, float_format="%.6g"))
 
@@ -196,7 +199,7 @@ def trl_arguments(checkpoints: Path, rows: list[dict], given: Any) -> DPOConfig 
         "max_steps": total,
         "gradient_accumulation_steps": share(given, _processes()),
         "beta": given.beta,
-        "lr_scheduler_type": "cosine",
+        "lr_scheduler_type": given.scheduler,
         "warmup_steps": round(given.warmup_ratio * total),
         "logging_steps": 1,
         "save_strategy": "steps",
@@ -240,9 +243,11 @@ def _parts(rows: list[dict], given: Any) -> dict[str, Any]:
     set_seed(given.seed)
     # PEFT takes one word for all layers, and names as a list.
     targets = given.lora_targets if given.lora_targets == "all-linear" else re.split(r"\s*,\s*", given.lora_targets)
-    lora = LoraConfig(r=given.lora_rank, lora_alpha=given.lora_alpha, target_modules=targets)
-    weights = models.load_weights(given.model, given.dtype)
-    weights.config._name_or_path = weights.name_or_path = given.model
+    lora = given.lora_rank and LoraConfig(r=given.lora_rank, lora_alpha=given.lora_alpha, target_modules=targets)
+    # A step of 1e-6 is lost in bfloat16's three digits: all weights are kept in float32, a GPU multiplies in bfloat16.
+    weights = models.load_weights(given.model, given.dtype if lora else "float32")
+    # PEFT writes the name into the adapter's configuration; of a whole model TRL loads the reference by it.
+    weights.config._name_or_path = weights.name_or_path = given.model if lora else models.locate(given.model)
     tokenizer = models.load_tokenizer(given.model)
     # GRPO stops its replies where the engine stops them.
     known = weights.generation_config.eos_token_id
@@ -252,7 +257,7 @@ def _parts(rows: list[dict], given: Any) -> dict[str, Any]:
         "model": weights,
         "train_dataset": Dataset.from_list(rows),
         "processing_class": tokenizer,
-        "peft_config": lora,
+        "peft_config": lora or None,
     }
 
 

@@ -58,13 +58,14 @@ def sampling(
     Returns ``{"item", "messages", "chosen", "samples"}``: the item's id, the chat, a solution that was run and is
     right (None if there is none), and (text, cut off?) of each reply. A problem without a program of its own is also
     put to the model with an instruction to use the tool, up to ``max_attempts`` times; the returned chat is without
-    that instruction. Raises ValueError for a ``choose`` protocol (its pairs are bare answers), or a count < 1.
+    that instruction. Kept thinking stands in front of what the model wrote; a problem's own program has none.
+    Raises ValueError for a ``choose`` protocol (its pairs are bare answers), or a count < 1.
     """
     if protocol.name != "reason" or count < 1:
         raise ValueError(f"samples are freely written (reason), 1 or more; got {protocol.name!r} and {count}")
     plain, name = opening(item, protocol), ("tool_use", item.id)
     replies = yield [protocol.ask((*name, "sample", f"seed{seed}", str(n)), plain) for n in range(count)]
-    samples = [(split_thinking(reply.text)[1], reply.finish_reason == "length") for reply in replies]
+    samples = [(_kept(reply.text, protocol), reply.finish_reason == "length") for reply in replies]
     own = solution(item.program) if item.program else None
     chosen = own if own and is_right(item, read_call(own), run_tool) else None
     told = f"{plain[-1]['content']}\nIn this exercise, use the tool."
@@ -73,9 +74,16 @@ def sampling(
         [reply] = yield [protocol.ask((*name, "assisted", f"seed{seed}", str(attempt)), chat)]
         call = read_call(reply.text)
         if is_right(item, call, run_tool):
-            chosen = call.said
+            chosen = _kept(reply.text, protocol, call.said)
             break
     return {"item": item.id, "messages": plain, "chosen": chosen, "samples": samples}
+
+
+def _kept(text: str, protocol: Protocol, said: str | None = None) -> str:
+    """What of a reply is trained on: what it ``said``, behind its thinking, marks and all, where that is kept."""
+    whole = split_thinking(text)[1]
+    thought = text[: max(text.rfind(whole), 0)] if protocol.keep_thinking else ""
+    return thought + (whole if said is None else said)
 
 
 def solution_pairs(found: Sequence[dict], limit: int = MAX_PAIRS) -> tuple[list[dict], Counter[str]]:
@@ -103,7 +111,7 @@ def _left_out(chosen: str | None, text: str, cut: bool) -> str:
     call = read_call(text)
     if call.code is not None or call.faults:
         return "sample calls the tool"
-    return "cut off or empty" if cut or not text.strip() else ""
+    return "cut off or empty" if cut or not split_thinking(text)[1] else ""
 
 
 # --- GRPO --------------------------------------------------------------------------------------------------
