@@ -63,8 +63,10 @@ def write_run(log: str | Path | EvalLog, out: str | Path) -> Path:
 
 
 def _log(log: str | Path | EvalLog) -> EvalLog:
-    name = str(log) if "://" in str(log) else str(resolve(log))
-    read = log if isinstance(log, EvalLog) else read_eval_log(name)
+    if isinstance(log, EvalLog):
+        read = log
+    else:
+        read = read_eval_log(str(log) if "://" in str(log) else str(resolve(log)))
     if read.status != "success":
         raise ValueError(f"{read.location}: status {read.status!r}; `inspect eval-retry` asks for what is missing")
     if (read.eval.metadata or {}).get("scenario") not in SCENARIOS or not _played(read):
