@@ -250,7 +250,7 @@ def deviation() -> Scorer:
 
 
 def tokens(scenario: str, given: Any) -> pd.DataFrame:
-    """What a task takes at most, for replies of a sixteenth, a quarter and all of ``max_new_tokens``.
+    """What a task takes, for replies of a sixteenth, a quarter and all of ``max_new_tokens``.
 
     One row each: tokens a ``reply``, ``requests``, and ``input`` and ``output`` tokens of them all. The episodes are
     played on replies of that length, each of which decides, and calls a tool where it can. A token is taken for four
