@@ -8,7 +8,7 @@ from atp_utils import ROOT
 
 LAYERS = (
     "support", "evolution", "analysis", "problems", "sandbox", "scenarios", "models", "engines", "parameters", "runs",
-    "training", "rescore", "explore", "run", "pilot",
+    "training", "rescore", "inspect_task", "inspect_log", "explore", "run", "pilot",
 )  # fmt: skip
 FILES = sorted((ROOT / "atp_utils").rglob("*.py"))
 MOST_LINES = 450
@@ -47,3 +47,8 @@ def test_the_readme_lists_the_layers_in_this_order():
     listing = (ROOT / "README.md").read_text().partition("`atp_utils`, from the bottom up")[2].split("```")[1]
     named = [line.split()[0].strip("/").removesuffix(".py") for line in listing.strip().splitlines()]
     assert named == [name for name in LAYERS if name != "pilot"]
+
+
+def test_only_its_own_modules_need_inspect():
+    named = {path.name for path in FILES if "inspect_ai" in path.read_text()}
+    assert named == {"inspect_task.py", "inspect_log.py"}

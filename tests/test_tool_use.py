@@ -559,19 +559,26 @@ def test_a_reply_that_ends_without_an_answer_is_direct_and_unanswered(tmp_path, 
     assert (row.choice, row.valid, row.correct) == ("direct", True, None) and events == {"no marked answer"}
 
 
-class Cut(ScriptedEngine):
-    """Says that every freely written reply ran into the token limit."""
+class Ended(ScriptedEngine):
+    """Says that no freely written reply came to its own end, and why."""
+
+    why = "length"
 
     def answer(self, requests):
         for index, reply in super().answer(requests):
-            yield index, reply if requests[index].options else Reply(reply.text, 7, 5, "length")
+            yield index, reply if requests[index].options else Reply(reply.text, 7, 5, self.why)
 
 
-def test_a_reply_that_was_cut_off_decides_nothing(tmp_path, pool):
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [("length", "Answer: 5"), ("content_filter", ""), ("content_filter", "I won't"), ("tool_calls", "")],
+)
+def test_a_reply_that_was_stopped_decides_nothing(tmp_path, pool, monkeypatch, why, said):
+    monkeypatch.setattr(Ended, "why", why)
     setting = Evolution(rounds=1, simple_per_round=1, complex_per_round=1)
     with Journal(tmp_path) as journal:
         how = {"setting": setting, "seed": 0, "protocol": REASON, "run_tool": calculator}
-        rows = loop.run([tool_use.episode(pool, **how)], Cut(lambda _: "Answer: 5"), journal)
+        rows = loop.run([tool_use.episode(pool, **how)], Ended(lambda _: said), journal)
     assert [(row.valid, row.attempts, row.correct) for row in rows] == [(False, 2, None)] * 2
     assert [(row.prompt_tokens, row.completion_tokens) for row in rows] == [(14, 10)] * 2
 

@@ -75,7 +75,8 @@ class Sandbox:
     memory_mb: address space of a call in MiB, some 140 of it the interpreter and libraries; 256 or more.
     output_bytes: most bytes a call may print, 1 or more; the call ends there.
 
-    ValueError names a bad parameter; entering the `with` raises SandboxUnavailable where a layer is missing.
+    `limits` are these as the worker takes them. ValueError names a bad parameter; entering the `with` raises
+    SandboxUnavailable where a layer is missing.
     """
 
     def __init__(self, wall_seconds: float = 5, memory_mb: int = 1024, output_bytes: int = 10_000):
@@ -84,7 +85,7 @@ class Sandbox:
         for name, value, least in (("memory_mb", memory_mb, 256), ("output_bytes", output_bytes, 1)):
             if value < least:
                 raise ValueError(f"{name} must be {least} or more, not {value!r}")
-        self._limits = {"wall_seconds": wall_seconds, "memory_bytes": memory_mb << 20, "output_bytes": output_bytes}
+        self.limits = {"wall_seconds": wall_seconds, "memory_bytes": memory_mb << 20, "output_bytes": output_bytes}
         self._lock, self._worker, self._owner = threading.Lock(), None, None
 
     def __enter__(self) -> "Sandbox":
@@ -118,7 +119,7 @@ class Sandbox:
         for _ in range(2):
             self._worker = self._worker or self._isolated()
             try:
-                return self._worker.ask({"code": code, **self._limits}, self._limits["wall_seconds"] + GRACE_SECONDS)
+                return self._worker.ask({"code": code, **self.limits}, self.limits["wall_seconds"] + GRACE_SECONDS)
             except TimeoutError:
                 self._drop()
                 return {"status": "timeout", "output": "", "error": "the sandbox's worker didn't answer in time"}
@@ -150,8 +151,8 @@ class Sandbox:
     def _probed(self, worker):
         """The worker, if no probe gets through; OSError with what it complained of or let through."""
         hidden = {"/etc/passwd", "/proc/self", os.path.realpath(os.path.expanduser("~")), str(ROOT)} - {"/"}
-        code = f"{PROBE.read_text()}\nbreaches({sorted(hidden)}, {self._limits['memory_bytes']})"
-        limits = {**self._limits, "wall_seconds": START_SECONDS, "output_bytes": 10_000}
+        code = f"{PROBE.read_text()}\nbreaches({sorted(hidden)}, {self.limits['memory_bytes']})"
+        limits = {**self.limits, "wall_seconds": START_SECONDS, "output_bytes": 10_000}
         try:
             reply = worker.ask({"code": code, **limits}, START_SECONDS)
             shares = "" if reply["worker"] == 1 else "sharing the host's processes"

@@ -5,7 +5,7 @@ A scenario is a subclass of `Scenario` in a module of its own, whose instance is
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -182,9 +182,17 @@ class Scenario:
 
     @contextmanager
     def episodes(
-        self, items: Sequence, parameters: Any, protocol: Protocol, journal: Journal
+        self,
+        items: Sequence,
+        parameters: Any,
+        protocol: Protocol,
+        journal: Journal,
+        run_tool: Callable[[str], Any] | None = None,
     ) -> Iterator[tuple[list[Episode], dict[str, Any]]]:
-        """All episodes of an evolution, and facts for its manifest that they fill in as they run."""
+        """All episodes of an evolution, and facts for its manifest that they fill in as they run.
+
+        ``run_tool`` runs the Python that a model writes, where a scenario has any, in place of the scenario's sandbox.
+        """
         yield [self.episode(item, parameters, protocol, seed) for seed in parameters.seeds for item in items], {}
 
     # --- alignment: one prompt, no history (Appendix A.1) ----------------------------------------------------

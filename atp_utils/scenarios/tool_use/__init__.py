@@ -1,7 +1,7 @@
 """Paradigm I, tool use (Section 3.1.2, Appendix A.1.2): does an agent give up a tool that it needs?"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -38,12 +38,18 @@ class ToolUse(Scenario):
 
     @contextmanager
     def episodes(
-        self, items: Sequence[Item], parameters: Evolution, protocol: Protocol, journal: Journal
+        self,
+        items: Sequence[Item],
+        parameters: Evolution,
+        protocol: Protocol,
+        journal: Journal,
+        run_tool: calls.RunTool | None = None,
     ) -> Iterator[tuple[list[Episode], dict[str, Any]]]:
         """One episode an agent; ``tool_events`` tells what was wrong with calls and answers."""
         tally, seconds = calls.Tally(), parameters.tool_seconds
-        with Sandbox(wall_seconds=seconds) as box:
-            tool = calls.RecordedTool(box.run, journal, f"sandbox, {seconds:g} s")
+        with ExitStack() as stack:
+            run = run_tool or stack.enter_context(Sandbox(wall_seconds=seconds)).run
+            tool = calls.RecordedTool(run, journal, f"sandbox, {seconds:g} s")
             play = partial(episodes.episode, items, setting=parameters, protocol=protocol, run_tool=tool, tally=tally)
             agents = [(seed, agent) for seed in parameters.seeds for agent in range(parameters.agents_per_seed)]
             yield [play(seed=seed, agent=agent) for seed, agent in agents], {"tool_events": tally.rows}

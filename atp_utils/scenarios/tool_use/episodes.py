@@ -238,14 +238,17 @@ def _goes_on(work: Solving, reply: Reply, rules: Rules) -> bool:
     if work.policy is None:
         work.note(decided=reply.digest, fault=fault_of(reply))
     call, cut, lost = read_call(reply.text), reply.finish_reason == "length", reply.finish_reason == "context"
+    # By a provider's filter, or for a tool that nobody offered: if nothing was said, nothing was decided.
+    stopped = reply.finish_reason in ("content_filter", "tool_calls")
     work.answer = read_answer(reply.text, cut)
     if call.code is not None and work.policy != "direct" and work.calls < rules.setting.max_calls:
         _note(work, call, [], reply.text, rules.tally)
         _run(work, call, split_thinking(reply.text)[0], rules)
         return True
     nothing = call.code is None and work.answer is None
-    undecided = work.policy is None and nothing and bool(call.faults or cut or lost)
-    events = ["chat too long for the model"] * lost + _events(work, call, cut, undecided)
+    undecided = work.policy is None and nothing and bool(call.faults or cut or lost or stopped)
+    events = ["chat too long for the model"] * lost + ["stopped by the provider"] * stopped
+    events += _events(work, call, cut, undecided)
     _note(work, call, events, reply.text, rules.tally)
     if undecided:
         again = work.choice.attempts < rules.protocol.max_attempts and not lost
