@@ -14,7 +14,7 @@ and the chat's last message. A message's line names the message ``before`` it, s
 stand there once.
 """
 
-import fcntl
+import contextlib
 import gzip
 import hashlib
 import json
@@ -48,12 +48,14 @@ class Record:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def request(self, digest: str) -> Request:
-        """The request that a reply answers; raises ValueError where the journal doesn't hold it."""
+        """The request that a reply answers; raises ValueError where the journal doesn't hold all of it."""
         asked, chat = self.asked[digest], []
         if "chat" not in asked:
             raise ValueError(f"the reply {digest} was recorded without its request")
         place = asked["chat"]
         while place:
+            if place not in self.messages:
+                raise ValueError(f"the reply {digest} was recorded with the message {place}, which isn't there")
             place, message = self.messages[place]
             chat.insert(0, message)
         sampling = Sampling(**asked["sampling"]) if "sampling" in asked else Sampling()
@@ -77,15 +79,15 @@ class Record:
 def read_record(path: Path, *, repair: bool = False) -> Record:
     """The record in a journal's file, plain or ``.gz``; ``repair`` cuts off a torn last line.
 
-    Raises ValueError with the number of a line that is damaged.
+    Raises ValueError with the number of a line that is damaged, and leaves the file as it is then.
     """
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     whole = content.rfind(b"\n") + 1
-    if repair and whole < len(content):
-        os.truncate(path, whole)
     record = Record()
     for _ in files.each_line(path, content[:whole], record.add):
         pass
+    if repair and whole < len(content):
+        os.truncate(path, whole)
     return record
 
 
@@ -105,15 +107,13 @@ class Journal:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / REPLIES
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._file)
-            raise RuntimeError(f"{shown(self.path)} is in use by another run") from None
-        self.record = read_record(self.path, repair=True)
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(folders.lock(self.folder))
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            opened.callback(os.close, self._file)
+            self.record = read_record(self.path, repair=True)
+            self._opened = opened.pop_all()
         self.used: set[str] = set()
         self.chats: set[bytes] = set()
         self.replayed = self.paid = 0
@@ -180,6 +180,8 @@ class Journal:
 
     def finish(self, decisions: pd.DataFrame, settings: dict[str, Any], identity: str, **facts: Any) -> None:
         """Write the decisions, then the manifest with all ``settings`` of the run: only now it counts as complete."""
+        # An earlier one would vouch for these decisions, should a kill come between.
+        (self.folder / MANIFEST).unlink(missing_ok=True)
         files.write_parquet(self.folder / DECISIONS, decisions)
         faults = decisions["fault"].dropna().value_counts()
         counts = {
@@ -198,7 +200,7 @@ class Journal:
 
     def close(self) -> None:
         """Release the folder."""
-        os.close(self._file)
+        self._opened.close()
 
     def __enter__(self) -> "Journal":
         return self
