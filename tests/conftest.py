@@ -12,7 +12,7 @@ from atp_utils.support import files
 from atp_utils.support.manifest import made_by
 
 # Minutes each, in processes of their own: they start first, so that no core waits for them at the end.
-LONGEST = ("test_pipeline", "test_paper_profile")
+LONGEST = ("test_pipeline", "test_paper_profile", "test_reproduce")
 
 # For `make soak`.
 settings.register_profile("soak", max_examples=5000, deadline=None)
