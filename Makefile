@@ -34,7 +34,7 @@ NBVAL := ATP_PROGRESS=/dev/null $(PYTEST) -p no:cacheprovider --timeout 0 \
 	--nbval-cell-timeout 3000 --nbval-sanitize-with tests/notebooks/sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help install model pilot reproduce test test-cluster test-llama-cpp test-lab lab bench notebooks figures report publish clean
+.PHONY: help install model pilot reproduce test soak test-cluster test-llama-cpp test-lab lab bench notebooks figures report publish clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -73,6 +73,9 @@ test: model ## ruff, pytest and the notebooks by nbval
 	$(PYTEST)
 	$(NBVAL) --nbval $(foreach book,$(STRICT),notebooks/$(book).ipynb)
 	$(NBVAL) --nbval-lax $(filter-out $(foreach book,$(STRICT),notebooks/$(book).ipynb),$(wildcard notebooks/*.ipynb))
+
+soak: model ## the long form of the tests of faults and hostile input; writes docs/reliability.json
+	$(PYTEST) -m soak --hypothesis-profile=soak --counts docs/reliability.json
 
 test-cluster: model $(CLUSTER_INSTALLED) ## run the pipeline on a one-node Slurm that it sets up (root, Debian)
 	$(BIN)/python -m pytest -p no:cacheprovider --timeout 0 -v tests/cluster/check_cluster.py

@@ -5,22 +5,27 @@ notebook appears at OUT also when a cell fails. Progress bars are drawn on this 
 """
 
 import argparse
+import contextlib
 import fcntl
 import itertools
+import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import papermill
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from atp_utils import ROOT, parameters, resolve, shown
+
+DEAD = "its kernel died: it crashed, or was killed, as the system does where memory runs out"
 
 
 def run(notebook: str | Path, out: str | Path, values: dict) -> None:
@@ -49,7 +54,7 @@ def run(notebook: str | Path, out: str | Path, values: dict) -> None:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def one_of(gpus: int) -> Iterator[str]:
     """Hide all but one of this machine's ``gpus``, one that no other run of this user holds; waits for it.
 
@@ -83,6 +88,16 @@ def check_target(source: Path, target: Path) -> None:
         raise FileExistsError(f"{shown(target)} is no executed notebook and stays: name another file, or remove it")
 
 
+def begun_cell(executed: Path) -> tuple[int, str]:
+    """Number, from 0, and source of the cell of an executed notebook that was begun last; its first where none was."""
+    begun = 0, ""
+    with contextlib.suppress(OSError, ValueError, KeyError):  # an end before papermill's first words
+        for number, cell in enumerate(json.loads(executed.read_text(encoding="utf-8"))["cells"]):
+            if cell["metadata"]["papermill"]["start_time"]:
+                begun = number, "".join(cell["source"])
+    return begun
+
+
 def progress_file() -> str:
     """This process's stderr as a path that the notebook's kernel can open: a terminal, a log file or a pipe.
 
@@ -97,7 +112,7 @@ def progress_file() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; 2 for bad arguments, 1 for a notebook that failed."""
+    """Command line; 2 for bad arguments, 1 for a notebook that failed, 130 for one that was interrupted."""
     parser = argparse.ArgumentParser(prog="python -m atp_utils.run", description=__doc__.split("\n\n")[0])
     parser.add_argument("notebook", help="e.g. notebooks/04_evolve_role_play.ipynb")
     parser.add_argument("out", nargs="?", help="where the executed notebook goes; left out: list the parameters")
@@ -122,20 +137,32 @@ def main(arguments: list[str] | None = None) -> int:
         if options.profile:
             profile = parameters.read_profile(options.profile)
             values = profile.given(name, given.get("scenario") or given.get("condition"), given.get("model")) | given
-        with one_of(options.gpus) if options.gpus else nullcontext():
+        with one_of(options.gpus) if options.gpus else contextlib.nullcontext():
             run(options.notebook, options.out, values)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except PapermillExecutionError as error:
-        print(
-            f"error: {shown(options.notebook)} failed in cell {error.cell_index}: {error.ename}: {error.evalue}\n"
-            f"the notebook with its traceback: {shown(options.out)}",
-            file=sys.stderr,
-        )
+    except OSError as error:
+        print(f"error: {shown(options.notebook)}, written to {shown(options.out)}: {error}", file=sys.stderr)
         return 1
-    return 0
+    except PapermillExecutionError as error:
+        cell, what, why = (error.cell_index, error.source), "failed", f"{error.ename}: {error.evalue}"
+    except DeadKernelError:
+        cell, what, why = begun_cell(resolve(options.out)), "failed", DEAD
+    except KeyboardInterrupt:
+        cell, what, why = begun_cell(resolve(options.out)), "was interrupted", "the next call goes on"
+    else:
+        return 0
+    line = next(filter(None, map(str.strip, cell[1].splitlines())), "")
+    print(
+        f"error: {shown(options.notebook)} {what} in cell {cell[0]} ({line[:60]}): {why}\n"
+        f"the notebook as far as it came: {shown(options.out)}",
+        file=sys.stderr,
+    )
+    return 1 if what == "failed" else 130
 
 
 if __name__ == "__main__":
+    # What ends a job of a cluster is told and tidied up after as Ctrl-C is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

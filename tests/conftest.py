@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import tiny_models
 from hypothesis import settings
@@ -6,10 +8,30 @@ from atp_utils import models
 from atp_utils.engines.transformers_engine import TransformersEngine
 from atp_utils.evolution.requests import Request
 from atp_utils.scenarios.role_play.items import make_items, read_environments
+from atp_utils.support import files
+from atp_utils.support.manifest import made_by
 
-settings.register_profile("soak", max_examples=2000, deadline=None)
 # Minutes each, in processes of their own: they start first, so that no core waits for them at the end.
-LONGEST = ("test_pipeline", "test_paper_profile")
+LONGEST = ("test_pipeline", "test_paper_profile", "test_reproduce")
+
+# For `make soak`.
+settings.register_profile("soak", max_examples=5000, deadline=None)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--counts", help="JSON file for what each test recorded by record_property, and its seconds")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("counts"):
+        ended = [report for name in ("passed", "failed", "skipped") for report in terminalreporter.stats.get(name, [])]
+        ended = sorted((report for report in ended if report.when == "call"), key=lambda report: report.nodeid)
+        counts = {
+            report.nodeid: dict(report.user_properties)
+            | {"outcome": report.outcome, "seconds": round(report.duration, 1)}
+            for report in ended
+        }
+        files.write_json(Path(config.getoption("counts")), {"tests": counts} | made_by())
 
 
 def pytest_collection_modifyitems(items):

@@ -53,7 +53,9 @@ def test_a_template_that_marks_no_end_leaves_the_tokenizers(embedded):
 
 
 def test_trl_still_tokenises_where_it_is_replaced(tokenizer):
-    assert {"_prepare_dataset"} <= vars(DPOTrainer).keys() and {"_tokenize_prompts"} <= vars(GRPOTrainer).keys()
+    assert {"_prepare_dataset"} <= vars(DPOTrainer).keys() and {"_tokenize_prompts", "_get_train_sampler"} <= vars(
+        GRPOTrainer
+    ).keys()
     row = dict(ExactDPOTrainer._prepare_dataset(None, [ROW], tokenizer, None, "train")[0])
     assert row == preference_ids(tokenizer, ROW)
     ids, *rest = ExactGRPOTrainer._tokenize_prompts(SimpleNamespace(processing_class=tokenizer), [ROW["prompt"]])

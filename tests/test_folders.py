@@ -192,3 +192,58 @@ def test_the_manifest_holds_every_parameter(tmp_path):
     facts = json.loads((tmp_path / "evolution/games/m/base/manifest.json").read_text())
     assert set(facts["settings"]) == set(runs.parameters.model_of("06_evolve_collusion").model_fields)
     assert facts["identity"] == "weights" and facts["counts"]["faults"] == {}
+
+
+# --- Folders that are built anew -------------------------------------------------------------------------------
+
+
+def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
+    target = folders.claim(tmp_path / "record", {"made": 1})
+    (target / "a").write_text("old")
+    before = contents(tmp_path)
+    with pytest.raises(KeyboardInterrupt), folders.rebuilding(target, {"made": 2}) as built:
+        (built / "a").write_text("half")
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == before
+    # Also between the two renames.
+    replace, calls = type(target).replace, []
+
+    def fails(self, other):
+        calls.append(other)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return replace(self, other)
+
+    monkeypatch.setattr(type(target), "replace", fails)
+    with pytest.raises(KeyboardInterrupt), folders.rebuilding(target, {"made": 2}) as built:
+        (built / "a").write_text("new")
+    assert contents(tmp_path) == before and calls[-1] == target
+
+
+def test_what_a_kill_left_is_put_back_and_cleared(tmp_path):
+    target = folders.claim(tmp_path / "record", {"made": 1})
+    (target / "a").write_text("old")
+    scratch = tmp_path / ".rebuilding-record"
+    (scratch / "new").mkdir(parents=True)
+    (scratch / "new/half").touch()
+    target.rename(scratch / "before")
+    with pytest.raises(FileExistsError), folders.rebuilding(target, {"made": 2}):
+        assert (target / "a").read_text() == "old"
+        raise FileExistsError
+    assert contents(tmp_path) == {"record/.atp.json": (target / ".atp.json").read_bytes(), "record/a": b"old"}
+
+
+def test_only_one_at_a_time_builds(tmp_path):
+    with folders.rebuilding(tmp_path / "record", {}):
+        with pytest.raises(RuntimeError, match="in use by another run"), folders.rebuilding(tmp_path / "record", {}):
+            pass
+    assert (tmp_path / "record").is_dir()
+
+
+def test_a_users_file_beside_a_published_adapter_is_set_aside(tmp_path):
+    for kept in False, True:
+        with folders.rebuilding(tmp_path / "adapter", {}) as built:
+            (built / "weights").touch()
+        assert (tmp_path / ".replaced-adapter-1").exists() == kept
+        (tmp_path / "adapter/notes").write_text("mine")
+    assert (tmp_path / ".replaced-adapter-1/notes").read_text() == "mine"

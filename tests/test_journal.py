@@ -154,3 +154,15 @@ def test_a_run_that_is_there_twice_is_refused(tmp_path):
             assert len(journal.read_decisions(tmp_path)) == 1 + (name == "b")
     with pytest.raises(ValueError, match="a and c hold the same run"):
         journal.read_decisions(tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["write_parquet", "write_json"])
+def test_a_manifest_never_vouches_for_other_decisions(tmp_path, monkeypatch, lost):
+    """A run that is finished again, with other replies, is stopped while it writes."""
+    frame = to_frame([], model="m", arm="base")
+    with Journal(tmp_path) as record:
+        record.finish(frame, {}, "weights")
+    with Journal(tmp_path) as record, monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(journal.files, lost, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        record.finish(frame, {}, "weights")
+    assert not (tmp_path / "manifest.json").exists() and not journal.complete_runs(tmp_path)

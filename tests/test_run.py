@@ -1,11 +1,14 @@
 """Running one notebook: what it may overwrite, where its sockets and its progress go."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import nbformat
+import psutil
 import pytest
 
 from atp_utils import ROOT, resolve, run
@@ -118,3 +121,63 @@ def test_runs_side_by_side_have_a_gpu_each_and_one_too_many_waits(monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join(names)
     for name in names[:2]:
         os.unlink(f"/tmp/atp-{os.getuid()}-gpu-{name}")
+
+
+# --- Faults --------------------------------------------------------------------------------------------------
+
+WAITS = "import os, pathlib, time\npathlib.Path('{}').write_text(str(os.getpid()))\ntime.sleep(600)"
+
+
+def started(book, out):
+    code = (
+        "import signal, sys; from atp_utils import run; run.parameters.check = lambda _, v: v; "
+        "signal.signal(signal.SIGTERM, signal.default_int_handler); sys.exit(run.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, str(book), str(out)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def gone(pid):
+    """Whether a process ends; a kernel looks once a second whether its parent is there."""
+    for _ in range(100):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+LATE = [pytest.param(name, marks=pytest.mark.soak) for name in ("SIGTERM", "SIGKILL")]
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGKILL to the kernel", *LATE])
+def test_a_notebook_that_is_ended_says_where_and_leaves_no_kernel(tmp_path, sent):
+    told, out = tmp_path / "pid", tmp_path / "out.ipynb"
+    book = notebook(tmp_path / "book.ipynb", "print(6 * 7)", WAITS.format(told), "print(1)")
+    process = started(book, out)
+    while not told.is_file() or not told.read_text():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    kernel = int(told.read_text())
+    os.kill(kernel if "kernel" in sent else process.pid, signal.Signals[sent.split()[0]])
+    error = process.communicate()[1]
+    assert gone(kernel)
+    if sent == "SIGKILL":
+        assert process.returncode == -signal.SIGKILL
+    elif "kernel" in sent:
+        assert process.returncode == 1
+        assert "book.ipynb failed in cell 1 (import os, pathlib, time): its kernel died: it crashed, or was" in error
+    else:
+        assert process.returncode == 130
+        assert "book.ipynb was interrupted in cell 1 (import os, pathlib, time): the next call goes on" in error
+    # What was printed is there to read, and the next call takes its place.
+    assert nbformat.read(out, as_version=4).cells[0].outputs[0].text == "42\n"
+    run.check_target(book, out)
+
+
+def test_a_full_disk_is_told_with_both_names(book, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run.papermill, "execute_notebook", full)
+    assert run.main([str(book), str(tmp_path / "out.ipynb")]) == 1
+    assert "error: book.ipynb, written to out.ipynb: [Errno 28] No space left" in capsys.readouterr().err

@@ -14,7 +14,7 @@ and the chat's last message. A message's line names the message ``before`` it, s
 stand there once.
 """
 
-import fcntl
+import contextlib
 import gzip
 import hashlib
 import json
@@ -89,18 +89,19 @@ class Record:
 def read_record(path: Path, *, repair: bool = False) -> Record:
     """The record in a journal's file, plain or ``.gz``; ``repair`` cuts off a torn last line.
 
-    Raises ValueError with the number of a line that is damaged, or naming a ``.gz`` that can't be unpacked.
+    Raises ValueError with the number of a line that is damaged, and leaves the file as it is then, or naming a ``.gz``
+    that can't be unpacked.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{shown(path)} is damaged: {error}") from None
     whole = content.rfind(b"\n") + 1
-    if repair and whole < len(content):
-        os.truncate(path, whole)
     record = Record()
     for _ in files.each_line(path, content[:whole], record.add):
         pass
+    if repair and whole < len(content):
+        os.truncate(path, whole)
     return record
 
 
@@ -120,15 +121,13 @@ class Journal:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / REPLIES
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._file)
-            raise RuntimeError(f"{shown(self.path)} is in use by another run") from None
-        self.record = read_record(self.path, repair=True)
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(folders.lock(self.folder))
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            opened.callback(os.close, self._file)
+            self.record = read_record(self.path, repair=True)
+            self._opened = opened.pop_all()
         self.used: set[str] = set()
         self.chats: set[bytes] = set()
         self.replayed = self.paid = 0
@@ -195,6 +194,8 @@ class Journal:
 
     def finish(self, decisions: pd.DataFrame, settings: dict[str, Any], identity: str, **facts: Any) -> None:
         """Write the decisions, then the manifest with all ``settings`` of the run: only now it counts as complete."""
+        # An earlier one would vouch for these decisions, should a kill come between.
+        (self.folder / MANIFEST).unlink(missing_ok=True)
         files.write_parquet(self.folder / DECISIONS, decisions)
         faults = decisions["fault"].dropna().value_counts()
         valid, mass = decisions["valid"].astype(bool), decisions["mass"].dropna().astype(float)
@@ -225,7 +226,7 @@ class Journal:
 
     def close(self) -> None:
         """Release the folder."""
-        os.close(self._file)
+        self._opened.close()
 
     def __enter__(self) -> "Journal":
         return self

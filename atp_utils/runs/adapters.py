@@ -5,7 +5,6 @@ log of the training, and a model card.
 """
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,15 +64,10 @@ def publish(run: Path, root: Path = PUBLISHED) -> list[Path]:
         given, method = facts["settings"], facts["training"]["method"]
         target = resolve(folder(given["model"], given["scenario"], method, given["seed"], root))
         folders.holds(target, "adapters")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".publishing-") as scratch:
-            built = folders.claim(Path(scratch) / "adapter", {"adapter": facts["sha256"]})
+        with folders.rebuilding(target, {"adapter": facts["sha256"]}) as built:
             for name in (WEIGHTS, CONFIG, LOG, MANIFEST):
                 shutil.copyfile(trained / name, built / name)
             files.write_text(built / CARD, card(facts, pd.read_csv(trained / LOG), shown(target)))
-            if target.exists():
-                target.replace(Path(scratch) / "before")
-            built.replace(target)
         done.append(target)
     return done
 

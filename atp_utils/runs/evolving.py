@@ -59,13 +59,16 @@ def begin(scenario: str, namespace: Mapping[str, Any]) -> Evolving:
     """The evolution of a scenario whose parameters are in ``namespace``, as its notebook has them.
 
     The run's folder is claimed. Replies of other parameters stay in it; a finished run of others is replaced only by
-    one that may ``overwrite``. Raises what `runs.start`, `folders.claim` and `open_engine` raise, before any work.
+    one that may ``overwrite``. Raises what `runs.start`, `folders.claim`, `folders.lock` and `open_engine` raise,
+    before any work.
     """
     run = runs.start(EVOLVE[scenario], namespace, "evolution", scenario)
     given, items = run.parameters, run.scenario.test_items(run.parameters)
     if folders.check(run.out, run.marker, overwrite=given.overwrite) != run.marker:
-        folders.claim(run.out, run.marker, overwrite=True, append=True)
-        remove_derived(run.out)
+        # In this order: a kill between mustn't leave decisions of other parameters behind this run's marker.
+        with folders.lock(run.out):
+            remove_derived(run.out)
+            folders.claim(run.out, run.marker, overwrite=True, append=True)
     settings = {"dtype": given.dtype, "batch_tokens": given.batch_tokens, "cache_bytes": given.cache_gb * 1e9}
     settings |= {"training_seed": given.training_seed}
     engine = open_engine(given.model, scenario, given.arm, given.adapter, given.servers, run.out, **settings)
@@ -81,6 +84,7 @@ def _journal(run: Run, identity: str) -> Journal:
             f"{shown(run.out)} holds a finished run of {before!r}, asked was {identity!r}: name another folder by out, "
             "or set overwrite to true"
         )
+    record = Journal(run.out)
     if before != identity:
         remove_derived(run.out)
-    return Journal(run.out)
+    return record

@@ -7,7 +7,6 @@ prompts, training logs and manifests are copied; no weights: small adapters go t
 import argparse
 import gzip
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,25 +28,18 @@ def publish(run: Path, target: Path, overwrite: bool = False) -> list[Path]:
     if not any(name.name == DECISIONS for name in sources):
         raise FileNotFoundError(f"{shown(run)} holds no complete run (evolution/.../{MANIFEST}): nothing was published")
     folders.holds(target, "FOLDER")
-    held = {path.relative_to(target) for path in target.rglob("*") if path.is_file()} - {Path(folders.MARKER)}
-    lost = sorted(map(str, held - set(sources)))
-    if lost and not overwrite:
-        raise FileExistsError(
-            f"{shown(target)} holds what {shown(run)} lacks ({', '.join(lost[:3])}{', ...' if lost[3:] else ''}): "
-            "publish to another folder, or let it be set aside (--overwrite)"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".publishing-") as scratch:
-        built = folders.claim(Path(scratch) / target.name, {"published": shown(run)})
+    with folders.rebuilding(target, {"published": shown(run)}) as built:
+        held = {path.relative_to(target) for path in target.rglob("*") if path.is_file()} - {Path(folders.MARKER)}
+        lost = sorted(map(str, held - set(sources)))
+        if lost and not overwrite:
+            raise FileExistsError(
+                f"{shown(target)} holds what {shown(run)} lacks ({', '.join(lost[:3])}{', ...' if lost[3:] else ''}): "
+                "publish to another folder, or let it be set aside (--overwrite)"
+            )
         for name, source in sources.items():
             content = source.read_bytes()
             with files.replacing(built / name) as copy:
                 copy.write_bytes(gzip.compress(content, mtime=0) if source.name == REPLIES else content)
-        if lost:
-            folders.set_aside(target)
-        elif target.exists():
-            target.replace(Path(scratch) / "before")
-        built.replace(target)
     return list(sources)
 
 
@@ -73,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         names = publish(resolve(options.run), resolve(options.folder), options.overwrite)
         weights = adapters.publish(resolve(options.run), Path(options.adapters))
-    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{len(names)} files in {shown(options.folder)}, {len(weights)} adapters in {options.adapters}")

@@ -2,22 +2,26 @@
 
 A parameter such as ``out`` can name any folder of a user. One that isn't empty and has no marker isn't ours: it is
 refused by name, before work starts. So is one of ours that holds something else, unless ``overwrite`` is true; what it
-held is then set aside beside it (``.replaced-NAME-1``), never deleted.
+held is then set aside beside it (``.replaced-NAME-1``), never deleted. One process works in a folder at a time.
 """
 
+import contextlib
 import itertools
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from atp_utils import resolve, shown
 from atp_utils.support import files
 
 MARKER = ".atp.json"
 ASIDE = ".replaced-"
+LOCK = ".lock"
 
 
 def claim(
@@ -73,13 +77,59 @@ def holds(folder: Path, name: str = "out") -> dict[str, Any] | None:
     if (marker := folder / MARKER).is_file():
         return files.read_json(marker)
     # A kill may leave half a marker under its temporary name, and another process may just have marked the folder.
-    passing = (MARKER, f".{Path(MARKER).stem}-")
+    passing = (MARKER, f".{Path(MARKER).stem}-", LOCK)
     if folder.is_dir() and any(not entry.name.startswith(passing) for entry in folder.iterdir()):
         raise FileExistsError(
             f"{shown(folder)} isn't empty and wasn't made by this project (it has no {MARKER}): nothing in it is "
             f"touched; name another folder by {name}"
         )
     return None
+
+
+def lock(folder: Path) -> AcquireReturnProxy:
+    """Hold ``folder``, made if need be, for a ``with`` or until the process ends, however it ends.
+
+    Raises RuntimeError where it is held already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / LOCK, blocking=False).acquire()
+    except Timeout:
+        raise RuntimeError(f"{shown(folder)} is in use by another run") from None
+
+
+@contextlib.contextmanager
+def rebuilding(target: Path, what: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield an empty folder that holds ``what`` and takes the place of ``target`` once the block succeeds.
+
+    What ``target`` held is then removed, or set aside if any file of it has no successor. A kill between leaves it
+    beside its place, where the next call for this ``target`` takes it from. Raises RuntimeError where another is at it.
+    """
+    scratch = target.with_name(f".rebuilding-{target.name}")
+    built, before = scratch / "new", scratch / "before"
+    with lock(scratch):
+        _put_back(before, target)
+        for left_by_a_kill in (built, before):
+            shutil.rmtree(left_by_a_kill, ignore_errors=True)
+        try:
+            yield claim(built, what)
+            if _files(target) - _files(built):
+                set_aside(target)
+            elif target.exists():
+                target.replace(before)
+            built.replace(target)
+        finally:
+            _put_back(before, target)
+            shutil.rmtree(scratch)
+
+
+def _put_back(before: Path, target: Path) -> None:
+    if before.exists() and not target.exists():
+        before.replace(target)
+
+
+def _files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 
 def set_aside(folder: Path) -> None:

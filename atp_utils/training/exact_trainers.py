@@ -128,6 +128,18 @@ class ExactGRPOTrainer(GRPOTrainer):
             score_answers(model)
         share_prefill(_models(self)[0])
 
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
+        """TRL's sampler; where a training goes on in a later pass over the rows, it has the order of that pass too."""
+        sampler = super()._get_train_sampler(dataset)
+
+        def set_epoch(epoch: int) -> None:
+            sampler.generator.manual_seed(sampler.seed)
+            for _ in range(epoch):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+        sampler.set_epoch = set_epoch
+        return sampler
+
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
         return self.processing_class(text=prompts, add_special_tokens=False)["input_ids"], None, {}
 

@@ -111,8 +111,16 @@ def adapter(run: Run, method: str, rows: list[dict]) -> pd.DataFrame:
     if not rows:
         raise ValueError(f"{shown(out)}: there is nothing to train on (0 rows)")
     settings = check(run, method) | {"rows_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
-    folders.claim(out, settings, overwrite=given.overwrite)
-    log = _log_of(run, rows)
+    # One that is in use isn't set aside, and two processes don't train in one.
+    with folders.lock(out):
+        folders.claim(out, settings, overwrite=given.overwrite)
+    with folders.lock(out):
+        return _trained(run, rows, settings)
+
+
+def _trained(run: Run, rows: list[dict], settings: dict[str, Any]) -> pd.DataFrame:
+    """The log of the training in the run's folder, with its adapter and manifest: from before, or made now."""
+    out, given, log = run.out, run.parameters, _log_of(run, rows)
     if collapse.low(log, given):
         raise RuntimeError(f"{shown(out)}: {collapse.refusal(log, given)}")
     if (out / UNCHECKED).is_file():
@@ -204,7 +212,6 @@ def trl_arguments(checkpoints: Path, rows: list[dict], given: Any) -> DPOConfig 
         "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": given.save_steps,
-        "save_total_limit": 1,
         "gradient_checkpointing": given.checkpoint_activations,
         "bf16": on_gpu,
         "use_cpu": not on_gpu,
@@ -262,9 +269,20 @@ def _parts(rows: list[dict], given: Any) -> dict[str, Any]:
 
 
 def _last_whole(checkpoints: Path) -> str | None:
-    """The newest checkpoint whose state, its last file, is there: a kill may leave half of one."""
-    whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+    """The newest checkpoint whose state, its last file, is whole: a kill may leave half of one."""
+    whole = filter(_readable, checkpoints.glob("checkpoint-*/trainer_state.json"))
+    return max((str(path.parent) for path in whole), key=_step, default=None)
+
+
+def _readable(path: Path) -> bool:
+    with contextlib.suppress(ValueError):
+        json.loads(path.read_text(encoding="utf-8"))
+        return True
+    return False
+
+
+def _step(checkpoint: str | Path) -> int:
+    return int(str(checkpoint).rpartition("-")[2])
 
 
 def _log(history: list[dict]) -> pd.DataFrame:
@@ -274,7 +292,11 @@ def _log(history: list[dict]) -> pd.DataFrame:
 
 
 class _Steps(TrainerCallback):
-    """Reports the steps that are done (of several processes the first does), and stops where the training has ended."""
+    """Reports the steps that are done (of several processes the first does), and stops where the training has ended.
+
+    Of the checkpoints it keeps the last. The Trainer would go by their times, and after a clock was set back delete the
+    one that it has just saved.
+    """
 
     def __init__(self, given: Any, report: Callable[[int], None]):
         self.given, self.report = given, report
@@ -284,6 +306,12 @@ class _Steps(TrainerCallback):
             self.report(state.global_step)
         if collapse.ended(_log(state.log_history), self.given, state.max_steps):
             control.should_training_stop = control.should_save = True
+
+    def on_save(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
+                if _step(checkpoint) != state.global_step:
+                    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 @record  # so that torchrun's summary has the traceback of the process that failed first
