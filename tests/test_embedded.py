@@ -195,7 +195,7 @@ def test_too_little_room_is_said_before_anything_is_fetched(place, monkeypatch):
             models.locate("small")
     with monkeypatch.context() as patch:
         patch.setattr(embedded.shutil, "disk_usage", lambda path: SimpleNamespace(free=9 * embedded.GIB))
-        patch.setattr(embedded.psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * embedded.GIB))
+        patch.setattr(embedded, "machine_free", lambda: 4 * embedded.GIB)
         with pytest.raises(MemoryError, match=r"takes 5.0 GiB of memory to convert and 2.0 GiB to run, .* 4.0 GiB"):
             models.locate("small")
     assert not place.done()

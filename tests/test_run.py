@@ -131,7 +131,9 @@ WAITS = "import os, pathlib, time\npathlib.Path('{}').write_text(str(os.getpid()
 def started(book, out):
     code = (
         "import signal, sys; from atp_utils import run; run.parameters.check = lambda _, v: v; "
-        "signal.signal(signal.SIGTERM, signal.default_int_handler); sys.exit(run.main(sys.argv[1:]))"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler); "
+        # Who runs tests in the background has it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(run.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, str(book), str(out)]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)

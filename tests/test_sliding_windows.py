@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.integrations import sdpa_attention
 
-from atp_utils.engines.kv_cache import SHARED_HEADS, GrowingCache, check_attention
+from atp_utils.engines.kv_cache import ROOM, SHARED_HEADS, GrowingCache, check_attention
 from atp_utils.engines.next_token import draw
 from atp_utils.engines.transformers_engine import TransformersEngine
 from atp_utils.evolution.requests import Request, Sampling
@@ -298,26 +298,11 @@ def test_a_reply_ends_with_the_context_and_the_others_of_its_batch_go_on(tmp_pat
     assert whole[1].text.startswith(cut[1].text)
 
 
-def test_a_batch_leaves_room_for_replies_as_long_as_they_may_get(tmp_path, monkeypatch):
+def test_a_batch_leaves_room_for_replies_as_long_as_they_may_get(tmp_path):
     engine = TransformersEngine(save(tmp_path, "llama", max_position_embeddings=512), dtype=torch.float32)
-    config = engine.model.config
-    assert engine._token_bytes == 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     rows = [engine._row(replace(chat("Hi."), options=(), sampling=Sampling(100))) for _ in range(7)]
     assert [len(batch) for batch in engine._batches(rows)] == [7]
-    monkeypatch.setattr(engine, "_room", lambda: 3 * (len(rows[0].ids) + 100))
+    engine.held_tokens = 3.5 * (len(rows[0].ids) + 100 + ROOM)
     assert [len(batch) for batch in engine._batches(rows)] == [3, 3, 1]
-    monkeypatch.setattr(engine, "_room", lambda: 1)
+    engine.held_tokens = 1
     assert [len(batch) for batch in engine._batches(rows)] == [1] * 7
-
-
-def test_the_context_is_what_the_model_was_trained_on(tmp_path):
-    assert TransformersEngine(save(tmp_path / "plain", "llama", max_position_embeddings=77)).context == 77
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-    folder = save(
-        tmp_path / "long",
-        "phi3",
-        rope_parameters=rope,
-        max_position_embeddings=400,
-        original_max_position_embeddings=99,
-    )
-    assert TransformersEngine(folder).context == 99
