@@ -62,7 +62,7 @@ def collapsing(splits, tiny, tmp_path):
 def test_a_collapse_stops_the_training_and_is_no_adapter(collapsing, tmp_path, monkeypatch):
     whole = collapsing("whole", min_mass=0)
     first, last = whole["mass"].head(3).mean(), whole["mass"].tail(3).mean()
-    assert len(whole) == STEPS and last < first / 100
+    assert len(whole) == STEPS and last < first / 10
     out, least = tmp_path / "out", first / 2
     with pytest.raises(
         RuntimeError, match=r"out: after \d+ steps .* probability of .*learning_rate.*beta.*min_mass to 0"

@@ -188,7 +188,7 @@ def test_a_served_notebook_goes_on_where_its_server_died(
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 5 and not [path for path in written if KEY.encode() in path.read_bytes()]
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(files) == 7 and not any(KEY.encode() in file.read_bytes() for file in files)
+    assert len(files) == 8 and not any(KEY.encode() in file.read_bytes() for file in files)
 
 
 def test_a_served_notebook_is_refused_before_a_token_is_paid_for(start, tmp_path, monkeypatch, capfd):

@@ -29,6 +29,7 @@ THINKING = (
         r"<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>",
     ),
 )
+MARKS = re.compile(f"({'|'.join(mark for pair in THINKING for mark in pair)})", re.IGNORECASE)
 TOOL = (r"<tool\s?>", r"</tool\s?>")
 _TAG = re.compile(r"<(/?)tool\s?>", re.IGNORECASE)
 _FENCE = re.compile(r"\s*```\w*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
