@@ -47,7 +47,8 @@ IDENTITY = "inspect|{}"
 FINISH = {"max_tokens": "length", "model_length": "context"}
 CHAT = {"system": llm.ChatMessageSystem, "user": llm.ChatMessageUser, "assistant": llm.ChatMessageAssistant}
 CHARACTERS_A_TOKEN, TOKENS_A_MESSAGE = 4, 5
-# One call of our sandbox's worker, which keeps its limits. Its fork would have this process's output for an input.
+# One call of our sandbox's worker, which keeps its limits. Its fork would have this process's output for an input, and
+# a closed input would tell that the host is gone.
 ONE_CALL = """
 import json, os, signal, sys
 worker = {"__name__": "worker"}
@@ -56,6 +57,7 @@ asked, out = json.load(sys.stdin), os.dup(1)
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
 worker["import_libraries"]()
 os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+os.dup2(1, 0)
 os.write(out, json.dumps(worker["call"](**asked)).encode())
 """
 
