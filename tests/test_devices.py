@@ -141,8 +141,10 @@ def test_all_weights_are_trained_in_shares_and_saved_whole(method, tiny, tmp_pat
         sum((one[name].float() - other[name]).square().sum().item() for name in weights[0]) ** 0.5
         for one, other in ((before, weights[0]), (weights[1], weights[0]))
     )
-    # Adam turns the sign of a gradient next to zero into a whole step, so that a few weights may differ.
-    assert moved > 0 and apart < 0.1 * moved
+    # Adam turns the sign of a gradient next to zero into a whole step, so that a few weights may differ. By GRPO a
+    # model stays what it is where no group's replies differ in reward, alone and in shares.
+    learns = method == "dpo" or alone["dead_groups"].min() < 1
+    assert (moved > 0) == learns and apart <= 0.1 * moved
     assert models.check_adapter(tmp_path / "launched", tiny) is False
 
 
