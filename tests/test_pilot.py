@@ -31,7 +31,7 @@ def test_every_kind_of_job_is_measured_and_its_units_counted(table):
 
 
 def test_nothing_that_was_trained_is_left(table, tmp_path_factory):
-    [scratch] = tmp_path_factory.getbasetemp().glob("pilot*/scratch")
+    [scratch] = tmp_path_factory.getbasetemp().glob("pilot[0-9]*/scratch")
     assert not list(scratch.rglob("*.safetensors"))
 
 

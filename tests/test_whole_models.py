@@ -11,7 +11,7 @@ from trainings import a_run, rows_of
 
 from atp_utils import models, parameters, run, runs
 from atp_utils.engines import open_engine
-from atp_utils.engines.kv_cache import growing_cache
+from atp_utils.engines.kv_cache import GrowingCache
 from atp_utils.engines.transformers_engine import TransformersEngine
 from atp_utils.models import digests
 from atp_utils.runs import adapters
@@ -57,7 +57,9 @@ def test_it_is_evolved_as_an_adapter_is(trained, ask, tmp_path):
     assert models.check_adapter(folder, base) is False
     plain = open_engine(base, "role_play", "base", "", "", tmp_path)
     tuned = open_engine(base, "role_play", method, str(folder), "", tmp_path)
-    assert tuned.identity.startswith(plain.identity.rpartition("|code=")[0] + "|" + digests.adapter_digest(folder))
+    digest = digests.adapter_digest(folder)
+    assert tuned.identity.startswith(plain.identity.rpartition("|code=")[0] + "|" + digest[:16])
+    assert tuned.made_of["adapter"] == digest
     logits = [engine._forward(*inputs(engine)) for engine in (plain, tuned)]
     weights = load_file(folder / "model.safetensors")
     loaded = tuned.model.state_dict()
@@ -78,7 +80,7 @@ def test_notebook_2_works_its_loss_out_for_a_whole_model_too(tiny, tmp_path):
 
 def inputs(engine):
     ids = torch.tensor([[1, 2, 3]])
-    return ids, torch.ones_like(ids), growing_cache(), 1
+    return ids, torch.ones_like(ids), GrowingCache(), 1
 
 
 def test_its_weights_decide_the_identity_and_its_training_doesnt(trained, tmp_path):
