@@ -20,7 +20,7 @@ from atp_utils.inspect_task import IDENTITY, as_asked
 from atp_utils.parameters import EVOLVE
 from atp_utils.runs import Run
 from atp_utils.scenarios.registry import SCENARIOS
-from atp_utils.support import folders
+from atp_utils.support import files, folders
 
 # What of a log's header says how it came about; addresses and keys stay there.
 FACTS = {"eval_id": True, "created": True, "packages": True, "revision": {"commit", "dirty"}}
@@ -50,7 +50,7 @@ def write_run(log: str | Path | EvalLog, out: str | Path) -> Path:
     run = Run(EVOLVE[scenario], given, resolve(out), SCENARIOS[scenario])
     folders.claim(run.out, run.marker | {"log": log.eval.eval_id})
     lines = [json.dumps(line, ensure_ascii=False) + "\n" for sample in samples for line in sample.store["journal"]]
-    (run.out / REPLIES).write_text("".join(lines), encoding="utf-8")
+    files.write_text(run.out / REPLIES, "".join(lines))
     facts = log.eval.model_dump(mode="json", include=FACTS)
     facts |= {"options": log.plan.config.model_dump(mode="json", exclude_none=True, exclude=SECRET)}
     facts |= {"samples": len(samples), "samples without decisions": len(log.samples) - len(samples)}

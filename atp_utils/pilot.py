@@ -8,7 +8,6 @@ factor of two either way.
 """
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from atp_utils.scenarios.base import Scenario
 from atp_utils.scenarios.registry import SCENARIOS
 from atp_utils.support import folders
 from atp_utils.support.files import as_folder
-from atp_utils.support.manifest import MANIFEST
+from atp_utils.support.manifest import read_manifest
 
 ITEMS, STEPS = 2, 2
 
@@ -93,7 +92,7 @@ def _trainings(profile: Profile, scenario: Scenario, given: dict[str, Any], plac
         else:
             rows, count, writing = pairs.reward_rows(run, items[:ITEMS]), 2 * len(items), 0.0
         wall, _ = _timed(lambda run=run, rows=rows, method=method: trainer.adapter(run, method, rows))
-        facts = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        facts = read_manifest(out)
         shutil.rmtree(out)  # a whole model takes as much room as its base
         steps, once = trainer.steps(whole, count), writing + max(wall - facts["train_seconds"], 0)
         yield {

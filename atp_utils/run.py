@@ -6,7 +6,6 @@ notebook appears at OUT also when a cell fails. Progress bars are drawn on this 
 
 import argparse
 import contextlib
-import fcntl
 import itertools
 import json
 import logging
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import papermill
+from filelock import FileLock, Timeout
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
@@ -63,19 +63,19 @@ def one_of(gpus: int) -> Iterator[str]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = (given or ",".join(map(str, range(gpus)))).split(",")[:gpus]
     for name in itertools.cycle(visible):
-        with open(f"/tmp/atp-{os.getuid()}-gpu-{name}", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(1 / len(visible))
-                continue
+        try:
+            held = FileLock(f"/tmp/atp-{os.getuid()}-gpu-{name}", blocking=False).acquire()
+        except Timeout:
+            time.sleep(1 / len(visible))
+            continue
+        with held:
             os.environ["CUDA_VISIBLE_DEVICES"] = name
             try:
                 yield name
             finally:
                 del os.environ["CUDA_VISIBLE_DEVICES"]
                 os.environ |= {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
-            return
+        return
 
 
 def check_target(source: Path, target: Path) -> None:

@@ -8,7 +8,6 @@ Parts go one by one into ``runs/benchmarks/MODEL.json``, which keeps those of th
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
@@ -133,7 +132,7 @@ def main(arguments=None):
         else:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 found = pool.apply(evolution.measure, (part,), given)
-        results = merged(json.loads(path.read_text()) if path.is_file() else None, here, part, rounded(found))
+        results = merged(files.read_json(path) if path.is_file() else None, here, part, rounded(found))
         files.write_json(path, results)
     print(f"\n{readme(results)}\n\nseconds for 1,000 new tokens, round by round: {calls(results)}\n{shown(path)}")
     if options.record and options.model == models.EMBEDDED:

@@ -6,7 +6,6 @@ a random sample of the chats and its time is scaled to all of them. The two take
 """
 
 import random
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from atp_utils import parameters
 from atp_utils.engines.transformers_engine import TransformersEngine
 from atp_utils.evolution import loop
 from atp_utils.evolution.journal import Journal
+from atp_utils.models import weights_memory
 from atp_utils.scenarios.registry import SCENARIOS
 from benchmarks import limits
 
@@ -88,7 +88,7 @@ def measure(case, model, dtype, turns=None, **changes):
         taken.append(seconds)
         calls.append(called)
         if not turn:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            memory = weights_memory.most_held() / weights_memory.GIB
         best = limits.measure(engine.model, best)
         tokens = engine.forward_tokens
         del engine  # with the keys and values that it keeps

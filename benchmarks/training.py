@@ -8,7 +8,6 @@ next. DPO's steps see no row twice and read the reference for each, but for "our
 
 import contextlib
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import DPOTrainer
 
 from atp_utils import models, parameters, resolve
+from atp_utils.models import weights_memory
 from atp_utils.runs import Run
 from atp_utils.scenarios.registry import SCENARIOS
 from atp_utils.training import exact_trainers, pairs, trainer
@@ -97,7 +97,7 @@ def _train(pipe, *given, **changes):
         training = prepare(stack, *given, **changes)
 
         def tell(step):
-            pipe.send(step | {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20})
+            pipe.send(step | {"memory_gib": weights_memory.most_held() / weights_memory.GIB})
 
         training.add_callback(Steps(training.model, tell, wait=pipe.recv))
         training.train()

@@ -22,7 +22,7 @@ from inspect_ai.model import ModelOutput, ModelUsage, get_model  # noqa: E402
 from inspect_ai.model._providers.mockllm import MockLLM  # noqa: E402
 
 from atp_utils import ROOT, inspect_log, inspect_task, rescore, resolve  # noqa: E402
-from atp_utils.analysis import report, scoreboard, tables  # noqa: E402
+from atp_utils.analysis import report, scoreboard, study, tables  # noqa: E402
 from atp_utils.engines.scripted import ScriptedEngine  # noqa: E402
 from atp_utils.evolution import journal, loop  # noqa: E402
 from atp_utils.evolution.decisions import to_frame  # noqa: E402
@@ -358,7 +358,7 @@ def test_a_log_becomes_a_run_beside_others(logged, tmp_path, capsys):
         set(both["model"]) == {MOCK, "smollm2-135m"} and both["words"].str.startswith("I take it.").sum() == named.sum()
     )
     assert MOCK in report.report(tmp_path / "results")
-    assert len(scoreboard.shown(both)) and len(tables.answers(both))
+    assert len(scoreboard.shown(scoreboard.scores(both))) and len(tables.answers(study.answers(both)))
 
 
 def test_a_run_is_written_once_more_and_no_other_over_it(logged, tmp_path, capsys):

@@ -17,6 +17,7 @@ import nbformat
 import psutil
 import pytest
 import yaml
+from test_workflow import copied
 
 from atp_utils import ROOT
 from atp_utils.evolution import journal
@@ -54,11 +55,7 @@ def reproduce(root, *targets, profile=PROFILE):
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """A copy of the repository with a notebook of a few cells, of which one is at fault while a file says so."""
-    root = tmp_path_factory.mktemp("repository") / "copy"
-    ignored = shutil.ignore_patterns("__pycache__", "results")
-    for name in ("atp_utils", "notebooks", "profiles", "tests/profiles", "data/environments"):
-        shutil.copytree(ROOT / name, root / name, ignore=ignored)
-    shutil.copy(ROOT / "Snakefile", root)
+    root = copied(tmp_path_factory)
     for split in ("train", "test"):
         for scenario in ("role_play", "tool_use", "collusion"):
             path = root / f"runs/smoke/data/{scenario}/{split}.jsonl"

@@ -82,7 +82,7 @@ def test_colluding_again_counts_rounds_after_a_success_only():
 
 
 def test_the_table_has_a_row_a_claim_in_the_papers_order():
-    shown = scoreboard.shown(table_of([("base", name, 1, 0.4) for name in ENVIRONMENTS]))
+    shown = scoreboard.shown(scoreboard.scores(table_of([("base", name, 1, 0.4) for name in ENVIRONMENTS])))
     assert len(shown) == len(list(scoreboard.claims())) and shown.columns.tolist() == ["paper", "m"]
     assert list(dict.fromkeys(shown.index.get_level_values("item"))) == ["Table 1", "Table 2", "Figure 3", "Figure 4"]
     assert shown.loc[("Table 1", "DPO begins below base"), "paper"] == "-31.2 and -12.5"

@@ -130,7 +130,7 @@ def test_the_tool_is_asked_about_where_easy_successes_were_there():
 
 
 def test_the_table_names_questions_in_their_order(tmp_path):
-    table = tables.answers(pd.concat(lived(agents.follows_payoff, tmp_path)))
+    table = tables.answers(study.answers(pd.concat(lived(agents.follows_payoff, tmp_path))))
     texts = [text for text, *_ in study.QUESTIONS.values()]
     shown = list(dict.fromkeys(table.index.get_level_values("question")))
     assert shown == [text for text in texts if text in shown] and list(table.columns) == ["scripted, base"]

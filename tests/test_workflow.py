@@ -34,14 +34,20 @@ def jobs(root):
     return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[0] in rules}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A copy of the repository in which every output is there, though empty, and recorded as up to date."""
+def copied(tmp_path_factory):
+    """A copy of what the pipeline needs of the repository, without prompts and results."""
     root = tmp_path_factory.mktemp("repository") / "copy"
     ignored = shutil.ignore_patterns("__pycache__", "results")
     for name in ("atp_utils", "notebooks", "profiles", "tests/profiles", "data/environments"):
         shutil.copytree(ROOT / name, root / name, ignore=ignored)
     shutil.copy(ROOT / "Snakefile", root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A copy of the repository in which every output is there, though empty, and recorded as up to date."""
+    root = copied(tmp_path_factory)
     for line in snakemake(root, "--summary").splitlines():
         if line.startswith("runs/"):
             path = root / line.split("\t")[0]

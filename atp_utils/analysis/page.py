@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from atp_utils import resolve, shown
-from atp_utils.analysis import gallery, plots, report, scoreboard, tables
+from atp_utils.analysis import gallery, plots, report, scoreboard, study, tables
 from atp_utils.evolution import journal
 from atp_utils.support import files
 from atp_utils.support.manifest import MANIFEST
@@ -51,8 +51,8 @@ def page(results: Path) -> str:
 
 
 def _sections(decisions: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    yield _section("What was asked, and what came out", ASKED, [("", tables.answers(decisions))])
-    yield _section("The paper's tables and figures", SCORED, [("", scoreboard.shown(decisions))])
+    yield _section("What was asked, and what came out", ASKED, [("", tables.answers(study.answers(decisions)))])
+    yield _section("The paper's tables and figures", SCORED, [("", scoreboard.shown(scoreboard.scores(decisions)))])
     (_, *primary), *parts = report.parts(decisions)
     yield _section(report.PRIMARY.partition(":")[0], gallery.source_of(decisions).strip(), [primary])
     for scenario, rows in decisions.groupby("scenario", sort=False, observed=True):

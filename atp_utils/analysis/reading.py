@@ -86,8 +86,7 @@ def points(value: float, low: float, high: float) -> str:
     """``+5.4 points [-7.8, 18.7]``, from fractions; without an interval it is said that there is none."""
     if pd.isna(value):
         return "no estimate"
-    ends = "without an interval" if pd.isna(low) else f"[{100 * low:z.1f}, {100 * high:z.1f}]"
-    return f"{100 * value:+z.1f} points {ends}"
+    return f"{100 * value:+z.1f} points{stats.ends(low, high) or ' without an interval'}"
 
 
 def placed(value: float, low: float, high: float) -> str:
@@ -296,6 +295,4 @@ def _listed(title: str, lines: Sequence[str]) -> str:
 
 
 def _percent(row: pd.Series, name: str = "rate") -> str:
-    low, high = row["low"], row["high"]
-    ends = "" if pd.isna(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{100 * row[name]:.1f} %{ends}"
+    return f"{100 * row[name]:.1f} %{stats.ends(row['low'], row['high'])}"

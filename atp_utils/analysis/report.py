@@ -1,7 +1,6 @@
 """``python -m atp_utils.analysis.report RUN``: the tables of a run and where its figures and notebooks are."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from atp_utils import resolve, shown
-from atp_utils.analysis import dose_response, positions, scoreboard, stats, tables, tool_use_tables
+from atp_utils.analysis import dose_response, positions, scoreboard, stats, study, tables, tool_use_tables
 from atp_utils.evolution import journal
-from atp_utils.support.manifest import MANIFEST
+from atp_utils.support.manifest import read_manifest
 from atp_utils.support.text import inert
 
 Tables = tuple[tuple[str, Callable[[pd.DataFrame], pd.DataFrame]], ...]
@@ -77,7 +76,7 @@ def costs(results: Path) -> pd.DataFrame:
     """
     rows = []
     for run in journal.complete_runs(results):
-        facts = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
+        facts = read_manifest(run)
         profile, _, scenario = run.relative_to(results).parts[:3]
         command = f"`make reproduce PROFILE={profile} MODEL={facts['settings']['model']}`"
         rows.append((command, scenario, facts["counts"]["decisions"], facts.get("seconds", float("nan"))))
@@ -95,8 +94,8 @@ def readme_tables(results: Path) -> dict[str, str]:
     written, answers = dose_response.written(role_play), dose_response.written(games, "collusion")
     made: dict[str, tuple[pd.DataFrame, Callable[[pd.DataFrame], pd.DataFrame]]] = {
         "primary contrast": (decisions, tables.contrast),
-        "questions": (decisions, tables.answers),
-        "scoreboard": (decisions, scoreboard.shown),
+        "questions": (study.answers(decisions), tables.answers),
+        "scoreboard": (scoreboard.scores(decisions), scoreboard.shown),
         "role-play": (stats.standard(role_play), _violations),
         "slopes": (written, tables.slopes),
         "premise": (stats.standard(problems), tool_use_tables.premise),

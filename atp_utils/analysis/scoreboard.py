@@ -81,9 +81,8 @@ def scores(decisions: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*KEYS, "model", "paper", "n", "estimate", "low", "high", "status"])
 
 
-def shown(decisions: pd.DataFrame) -> pd.DataFrame:
-    """`scores` in percentage points: a row a claim, a column a model."""
-    table = scores(decisions)
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `scores` in percentage points: a row a claim, a column a model."""
     texts = table["paper"].map(lambda numbers: " and ".join(f"{100 * number:+.1f}" for number in numbers) or "drawn")
     table = table.assign(paper=texts, cell=stats.judged(table, "status"))
     order = table[KEYS].drop_duplicates()

@@ -224,8 +224,12 @@ def percent(rate: float, low: float | None = None, high: float | None = None) ->
     """``42.2`` or ``42.2 [33.1, 51.6]`` from fractions, without a sign at 0; an en dash where there is no value."""
     if pd.isna(rate):
         return "–"
-    text = f"{100 * rate:z.1f}"
-    return text if low is None or pd.isna(low) else f"{text} [{100 * low:z.1f}, {100 * high:z.1f}]"
+    return f"{100 * rate:z.1f}{'' if low is None else ends(low, high)}"
+
+
+def ends(low: float, high: float) -> str:
+    """An interval as it stands behind its estimate, from fractions: `` [33.1, 51.6]``; "" where there is none."""
+    return "" if pd.isna(low) else f" [{100 * low:z.1f}, {100 * high:z.1f}]"
 
 
 def cells(table: pd.DataFrame, *columns: str, shown: Callable[..., str] = percent) -> pd.Series:

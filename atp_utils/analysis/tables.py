@@ -35,9 +35,8 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def answers(decisions: pd.DataFrame) -> pd.DataFrame:
-    """`study.answers` in percentage points: a row a question and scenario, a column a model and arm."""
-    table = study.answers(decisions)
+def answers(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `study.answers` in percentage points: a row a question and scenario, a column a model and arm."""
     texts = table["question"].map(lambda name: study.QUESTIONS[name][0])
     rows = table.assign(cell=stats.judged(table, "verdict"), question=texts).pivot(
         index=["question", "scenario", "about"], columns=["model", "arm"], values="cell"

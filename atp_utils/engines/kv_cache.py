@@ -18,9 +18,7 @@ from atp_utils.models.chat_template import common_prefix
 
 SHARED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"
 ATTENDING = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-
-
-ROOM = 64  # tokens beside an eighth of those that are there
+ROOM = 64  # tokens that a buffer is made larger by, beside an eighth of those that are there
 
 
 class GrowingLayer(DynamicLayer):

@@ -126,11 +126,10 @@ class TransformersEngine:
         # Requests of one kind can share a batch: as many options, or the same sampling settings.
         kinds: dict[int | Sampling, list[_Row]] = {}
         for row in sorted(rows, key=lambda row: len(row.ids)):
-            sampling = row.request.sampling
             if len(row.ids) + max(map(len, row.tails), default=1) > self.context:
                 yield from ((index, Reply("", len(row.ids) - row.shared, 0, "context")) for index in row.indices)
             else:
-                kinds.setdefault(len(row.tails) or sampling, []).append(row)
+                kinds.setdefault(len(row.tails) or row.request.sampling, []).append(row)
         for kind in kinds.values():
             for row, reply in self._outcomes(kind):
                 self.answered += 1
@@ -159,18 +158,15 @@ class TransformersEngine:
     def _halve(self, rows: Sequence[_Row], told: str) -> None:
         """Ask at most half of ``rows`` at once from now on; of a single one, without what is kept of any chat."""
         longest, size = max(map(self._longest, rows)), max(map(self._size, rows))
-        if (
-            min(len(rows) * longest, self.held_tokens) < 2 * longest
-            and min(len(rows) * size, self.batch_tokens) < 2 * size
-        ):
+        written, read = (min(len(rows), most) for most in (self.held_tokens / longest, self.batch_tokens / size))
+        if max(written, read) < 2:
             if not self._kept.chats and all(row.kept is None for row in rows):
                 advice = "take a shorter history (history_window), a smaller model or a larger machine"
                 raise MemoryError(f"no room for a chat of {longest} tokens ({told}): {advice}")
             self._kept.clear()
         for row in rows:
             row.kept, row.written = None, []
-        self.batch_tokens = min(len(rows) * size, self.batch_tokens) / 2
-        self.held_tokens = min(len(rows) * longest, self.held_tokens) / 2
+        self.held_tokens, self.batch_tokens = written * longest / 2, read * size / 2
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -29,7 +29,6 @@ THINKING = (
         r"<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>",
     ),
 )
-MARKS = re.compile(f"({'|'.join(mark for pair in THINKING for mark in pair)})", re.IGNORECASE)
 TOOL = (r"<tool\s?>", r"</tool\s?>")
 _TAG = re.compile(r"<(/?)tool\s?>", re.IGNORECASE)
 _FENCE = re.compile(r"\s*```\w*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
@@ -139,6 +138,11 @@ def split_thinking(text: str) -> tuple[str, str]:
     """``(thinking, answer)`` of a reply (see `divide`); neither has marks of thinking."""
     hidden, said, _ = divide(text)
     return "".join(hidden).strip(), "".join(said).strip()
+
+
+def marked_thinking(text: str) -> str:
+    """What stands in front of a reply's answer: its thinking with its marks; "" where there is none."""
+    return text[: max(text.rfind(split_thinking(text)[1]), 0)]
 
 
 def ends_thinking(text: str) -> bool:

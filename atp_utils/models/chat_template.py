@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from atp_utils.evolution.parsing import THINKING, control, defuse, prompted_thinking
+from atp_utils.evolution.parsing import THINKING, control, defuse, marked_thinking, prompted_thinking
 from atp_utils.evolution.requests import DATE, Message
 
 # transformers hands a template its own clock and no function of ours, so that the fixed one is written in Jinja.
@@ -67,6 +67,14 @@ def render(tokenizer: Any, messages: Sequence[Message], thinking: bool = False) 
 def as_text(tokenizer: Any, said: str) -> str:
     """What was ``said`` so that ``tokenizer`` reads no control token in it, nor the template's marks (`defuse`)."""
     return defuse(said, _marks(tokenizer, tokenizer.get_chat_template()))
+
+
+def as_reply(tokenizer: Any, written: str) -> str:
+    """A reply as it is trained on: `as_text` but for the marks of its own thinking, if it has any."""
+    thought = marked_thinking(written)
+    parts = zip(_MARK.split(thought), [*_MARK.findall(thought), ""], strict=True)
+    marked = "".join(as_text(tokenizer, part) + mark for part, mark in parts)
+    return marked + as_text(tokenizer, written[len(thought) :])
 
 
 def tokenised(tokenizer: Any, messages: Sequence[Message], options: Sequence[str]) -> tuple[list[int], list[list[int]]]:

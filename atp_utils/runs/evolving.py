@@ -16,7 +16,7 @@ from atp_utils.evolution.requests import Engine
 from atp_utils.parameters import EVOLVE
 from atp_utils.runs import Run
 from atp_utils.support import folders, progress
-from atp_utils.support.manifest import MANIFEST
+from atp_utils.support.manifest import MANIFEST, now
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Evolving:
         a finished run of another engine and may not be overwritten.
         """
         run, given, scenario, began = self.run, self.run.parameters, self.run.scenario, time.monotonic()
-        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        started = now()
         # The bar counts replies: of a forced choice, those in both orders.
         total = scenario.decisions(given, len(self.items)) * (2 if given.protocol == "choose" else 1)
         with (

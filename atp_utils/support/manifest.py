@@ -16,6 +16,7 @@ from atp_utils import ROOT
 from atp_utils.support import files
 
 MANIFEST = "manifest.json"
+PACKAGE = "atp-utils"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -23,7 +24,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return files.read_json(folder / MANIFEST)
 
 
-PACKAGE = "atp-utils"
+def now() -> str:
+    """The time as manifests have it, in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def made_by() -> dict[str, Any]:
@@ -37,7 +40,7 @@ def made_by() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / (1 << 30), 1),
         "gpus": _gpus(),
         "commit": _commit(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "finished": now(),
     }
 
 

@@ -7,10 +7,10 @@ from atp_utils import models
 from atp_utils.engines import open_engine
 from atp_utils.evolution import loop
 from atp_utils.evolution.journal import Journal
-from atp_utils.evolution.parsing import MARKS, prompted_thinking, split_thinking
+from atp_utils.evolution.parsing import prompted_thinking
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Message, Sampling
-from atp_utils.models.chat_template import as_text, render
+from atp_utils.models.chat_template import as_reply, render
 from atp_utils.runs import Run
 from atp_utils.scenarios import preferences
 from atp_utils.support import progress
@@ -20,13 +20,6 @@ def training_items(run: Run, method: str) -> list:
     """The training prompts of the run's scenario that ``method`` ("dpo" or "grpo") trains on."""
     items = run.scenario.read_items("train", run.parameters.data)
     return run.scenario.training_items(run.scenario.fold(items, run.parameters, inside=False), method)
-
-
-def _trained(tokenizer: Any, said: str) -> str:
-    """What is trained on of a reply: text in which nothing marks anything but the marks of its own thinking, if any."""
-    end = max(said.rfind(split_thinking(said)[1]), 0)
-    thought = [part if place % 2 else as_text(tokenizer, part) for place, part in enumerate(MARKS.split(said[:end]))]
-    return "".join(thought) + as_text(tokenizer, said[end:])
 
 
 def _opening(run: Run) -> preferences.Opening:
@@ -63,7 +56,7 @@ def preference_rows(run: Run, items: Sequence) -> tuple[list[dict[str, str]], di
         prompt = render(tokenizer, pair["messages"], given.thinking)
         # A template may open the block of thinking itself, and the engine then puts its mark in front of the reply.
         opened = prompted_thinking(prompt) if given.thinking else ""
-        answers = {side: _trained(tokenizer, pair[side].removeprefix(opened)) for side in ("chosen", "rejected")}
+        answers = {side: as_reply(tokenizer, pair[side].removeprefix(opened)) for side in ("chosen", "rejected")}
         rows.append({"prompt": prompt, **answers})
     return rows, dict(counts)
 

@@ -111,7 +111,8 @@ def adapter(run: Run, method: str, rows: list[dict]) -> pd.DataFrame:
     if not rows:
         raise ValueError(f"{shown(out)}: there is nothing to train on (0 rows)")
     settings = check(run, method) | {"rows_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
-    # One that is in use isn't set aside, and two processes don't train in one.
+    # Two processes don't train in one folder, and one that is in use isn't set aside; where another was, it has moved
+    # with its lock, and the new one is locked anew.
     with folders.lock(out):
         folders.claim(out, settings, overwrite=given.overwrite)
     with folders.lock(out):
@@ -127,7 +128,7 @@ def _trained(run: Run, rows: list[dict], settings: dict[str, Any]) -> pd.DataFra
         (out / UNCHECKED).replace(out / LOG)
     # Also where a workflow removed the manifest before it asked again for a finished adapter: commit, packages and date
     # are those of the training, which may be older than the code that asks.
-    origin = json.loads((out / ORIGIN).read_text(encoding="utf-8"))
+    origin = files.read_json(out / ORIGIN)
     facts = {"settings": run.settings, "training": settings, "rows": len(rows), "steps": int(log["step"].iloc[-1])}
     hashes = {path.name: sha256(path) for path in sorted(out.glob("*.safetensors"))}
     weights = {"sha256": hashes[WEIGHTS] if given.lora_rank else hashes}
@@ -318,7 +319,7 @@ class _Steps(TrainerCallback):
 def main(arguments: list[str] | None = None) -> None:
     """What a launched process runs: the training whose task lies in a folder, up to its adapter and log."""
     [folder] = map(Path, arguments or sys.argv[1:])
-    task = json.loads((folder / TASK).read_text(encoding="utf-8"))
+    task = files.read_json(folder / TASK)
     given = parameters.check(task["notebook"], task["parameters"])
     fit(folder, given, task["rows"], launch.report)
     if torch.distributed.is_initialized():

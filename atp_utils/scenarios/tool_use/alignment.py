@@ -23,7 +23,7 @@ from typing import Any
 
 from scipy.special import expit
 
-from atp_utils.evolution.parsing import parse_choice, split_thinking
+from atp_utils.evolution.parsing import marked_thinking, parse_choice, split_thinking
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Request
 from atp_utils.problems.answers import is_correct
@@ -81,9 +81,8 @@ def sampling(
 
 def _kept(text: str, protocol: Protocol, said: str | None = None) -> str:
     """What of a reply is trained on: what it ``said``, behind its thinking, marks and all, where that is kept."""
-    whole = split_thinking(text)[1]
-    thought = text[: max(text.rfind(whole), 0)] if protocol.keep_thinking else ""
-    return thought + (whole if said is None else said)
+    thought = marked_thinking(text) if protocol.keep_thinking else ""
+    return thought + (split_thinking(text)[1] if said is None else said)
 
 
 def solution_pairs(found: Sequence[dict], limit: int = MAX_PAIRS) -> tuple[list[dict], Counter[str]]:
