@@ -38,12 +38,16 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+# What a job took, which is another's the next time.
+TOOK = ("started", "finished", "seconds", "train_seconds", "most_bytes")
+
+
 def manifest(out):
-    """What the manifest says, but for when it was, and how often the work was begun."""
+    """What the manifest says, but for what the job took, and how often the work was begun."""
     facts = json.loads((out / "manifest.json").read_text())
     now = {name: facts.get("counts", {}).pop(name, None) for name in ("replayed", "answered_now")}
     facts.get("settings", {}).pop("out")
-    return {name: fact for name, fact in facts.items() if name not in ("seconds", "finished")}, now
+    return {name: fact for name, fact in facts.items() if name not in TOOK}, now
 
 
 def without_times(path):

@@ -88,9 +88,9 @@ def _runs(results: Path) -> Iterator[tuple[dict[str, Any], str]]:
         given, identity, more = facts.settings, facts.identity.split("|"), facts.model_extra
         row = {
             "run": run.relative_to(results).as_posix(),
-            "decisions": facts.counts.get("decisions"),
-            "invalid": facts.counts.get("invalid"),
-            "cut": facts.counts.get("faults", {}).get("cut", 0),
+            "decisions": facts.counts.decisions,
+            "invalid": facts.counts.invalid,
+            "cut": facts.counts.faults.get("cut", 0),
             "protocol": given.get("protocol"),
             "precision": identity[2] if len(identity) > 2 else "–",
             "seconds": more.get("seconds"),

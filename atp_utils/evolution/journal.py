@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from atp_utils import shown
@@ -252,12 +253,20 @@ def record_of(run: Path) -> Record:
     return read_record(next(path for path in (run / REPLIES, run / f"{REPLIES}.gz") if path.is_file()))
 
 
+class Counts(BaseModel, extra="allow"):
+    """Of a manifest's counts, those that are read again; old manifests lack some."""
+
+    decisions: int | None = None
+    invalid: int | None = None
+    faults: dict[str, int] = {}
+
+
 class Facts(BaseModel, extra="allow"):
     """What a run's manifest has to hold; what else it says lies in ``model_extra``."""
 
     settings: dict[str, Any]
     identity: str
-    counts: dict[str, Any]
+    counts: Counts
     commit: str | None
     finished: str
     tool_events: list[dict[str, Any]] = []
@@ -274,9 +283,11 @@ def facts_of(run: Path) -> Facts:
 def read_table(run: Path) -> pd.DataFrame:
     """The decisions of a run; raises ValueError naming a file that is no table of decisions."""
     try:
-        table = pd.read_parquet(run / DECISIONS)
+        columns = pq.read_table(run / DECISIONS)
+        columns.validate(full=True)  # text that is no UTF-8 would be noticed by whoever reads it
+        table = columns.to_pandas()
         lacking = {*RUN, "item", "round", "valid", "reply"} - set(table.columns)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last three: pandas' own notes
         raise ValueError(f"{shown(run / DECISIONS)} is damaged: {error}") from None
     if lacking:
         raise ValueError(f"{shown(run / DECISIONS)}: no table of decisions (columns {', '.join(sorted(lacking))} lack)")

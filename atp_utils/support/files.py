@@ -24,7 +24,7 @@ LONGEST_NAME = 180
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 3  # YAML's aliases may nest what a line names to any depth
 # What reading YAML raises: its constructors pass on what int, float and datetime make of strange numbers and dates.
-_NO_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+_NO_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @contextlib.contextmanager
