@@ -46,6 +46,19 @@ def run_all(episodes: Sequence[Generator], engine: Engine, journal: Journal, pro
     return [returned[number] for number in range(len(episodes))]
 
 
+def alone(episode: Generator, engine: Engine, journal: Journal) -> list[tuple[Sequence[Request], Sequence[Reply]]]:
+    """Play one ``episode`` by itself: what it asked in each of its steps, and the replies, journalled as in `run_all`."""
+    steps: list[tuple[Sequence[Request], Sequence[Reply]]] = []
+    replies = None
+    while True:
+        try:
+            asked = episode.send(replies)
+        except StopIteration:
+            return steps
+        replies = _answer({0: asked}, engine, journal, None)[0]
+        steps.append((asked, replies))
+
+
 def _answer(
     asked: Mapping[int, Sequence[Request]], engine: Engine, journal: Journal, progress: Any
 ) -> dict[int, list[Reply]]:

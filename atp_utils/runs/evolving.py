@@ -1,7 +1,7 @@
 """An evolution notebook's run, from its parameters to the finished table of decisions."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from atp_utils.engines import open_engine
 from atp_utils.evolution import decisions, loop
 from atp_utils.evolution.journal import Journal, facts_of, remove_derived
 from atp_utils.evolution.protocol import Protocol
-from atp_utils.evolution.requests import Engine
+from atp_utils.evolution.requests import Engine, Reply, Request
 from atp_utils.parameters import EVOLVE
 from atp_utils.runs import Run
 from atp_utils.support import folders, progress
@@ -53,6 +53,15 @@ class Evolving:
             facts["prompts"] = scenario.prompts_digest(given)
             record.finish(table, run.settings, self.engine.identity, **facts)
         return table
+
+    def first_episode(self) -> list[tuple[Sequence[Request], Sequence[Reply]]]:
+        """The first episode by itself: what it asked in each step, and the replies, which `play` finds in the journal."""
+        run = self.run
+        with (
+            _journal(run, self.engine.identity) as record,
+            run.scenario.episodes(self.items, run.parameters, self.protocol, record) as (episodes, _),
+        ):
+            return loop.alone(episodes[0], self.engine, record)
 
 
 def begin(scenario: str, namespace: Mapping[str, Any]) -> Evolving:
