@@ -19,7 +19,8 @@ import re
 import shlex
 
 from atp_utils.engines import Servers
-from atp_utils.parameters import ALIGN, EVOLVE, read_profile, run_folder
+from atp_utils.parameters import ALIGN, EVOLVE
+from atp_utils.profiles import read_profile, run_folder
 from atp_utils.runs import adapters
 from atp_utils.scenarios.registry import SCENARIOS, source
 from atp_utils.support.code_digest import code_of

@@ -22,7 +22,8 @@ from atp_utils import models, parameters, resolve, runs
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.models import weights_memory
 from atp_utils.models.chat_template import render
-from atp_utils.parameters import ALIGN, EVOLVE, Profile, read_profile
+from atp_utils.parameters import ALIGN, EVOLVE
+from atp_utils.profiles import Profile, read_profile
 from atp_utils.runs import Run, evolving
 from atp_utils.scenarios.base import Scenario
 from atp_utils.scenarios.registry import SCENARIOS

@@ -23,7 +23,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from atp_utils import ROOT, parameters, resolve, shown
+from atp_utils import ROOT, parameters, profiles, resolve, shown
 
 DEAD = "its kernel died: it crashed, or was killed, as the system does where memory runs out"
 
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         given = values = {key: parameters.from_text(name, key, value) for key, value in options.values}
         if options.profile:
-            profile = parameters.read_profile(options.profile)
+            profile = profiles.read_profile(options.profile)
             values = profile.given(name, given.get("scenario") or given.get("condition"), given.get("model")) | given
         with one_of(options.gpus) if options.gpus else contextlib.nullcontext():
             run(options.notebook, options.out, values)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from atp_utils.parameters import ALIGN, EVOLVE, read_profile
+from atp_utils.parameters import ALIGN, EVOLVE
+from atp_utils.profiles import read_profile
 from atp_utils.runs import Run
 from atp_utils.scenarios.registry import SCENARIOS
 from atp_utils.training import pairs, trainer

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from test_folders import contents
 
-from atp_utils import parameters, resolve, shown
+from atp_utils import parameters, profiles, resolve, shown
 from atp_utils.runs import adapters
 from atp_utils.support.manifest import MANIFEST
 
@@ -81,9 +81,9 @@ def test_a_users_folder_is_left(run, tmp_path):
     assert contents(mine) == {"thesis.txt": b"years of work"}
 
 
-@pytest.mark.parametrize("scenario", parameters.read_profile("quick").scenarios)
+@pytest.mark.parametrize("scenario", profiles.read_profile("quick").scenarios)
 def test_the_quick_profile_trains_nothing_that_it_evolves(scenario):
-    profile = parameters.read_profile("quick")
+    profile = profiles.read_profile("quick")
     for model, policy in product(profile.models, profile.policies(scenario)):
         arm, _, seed = policy.partition("-")
         if arm != "base":

@@ -9,7 +9,7 @@ from playing import CHOOSE, always, by_agent, by_round, drive, says
 from atp_utils import ROOT
 from atp_utils.evolution.history import Memory
 from atp_utils.evolution.parsing import answer_json
-from atp_utils.parameters import read_profile
+from atp_utils.profiles import read_profile
 from atp_utils.sandbox import ToolResult
 from atp_utils.scenarios import collusion, role_play
 from atp_utils.scenarios.collusion import telling

@@ -17,7 +17,7 @@ from openai._models import construct_type
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
-from atp_utils import parameters, resolve
+from atp_utils import parameters, profiles, resolve
 from atp_utils.analysis import page
 from atp_utils.engines import Servers, openai_wire
 from atp_utils.engines.openai_servers import MALFORMED
@@ -128,7 +128,7 @@ def names_servers(text, _):
 def reads_yaml(content, folder):
     path = folder / "profile.yaml"
     path.write_bytes(content)
-    for read in (lambda: parameters.read_profile(str(path)), lambda: files.read_yaml(path, dict[str, str])):
+    for read in (lambda: profiles.read_profile(str(path)), lambda: files.read_yaml(path, dict[str, str])):
         try:
             read()
         except ValueError as error:
@@ -361,7 +361,7 @@ LARGE = {
     "profile": ("p.yaml", b"a: [1, 2]\n" * (SIZE // 10), _yaml),
     "largest profile": ("p.yaml", b"".join(b"k%d: {a: [1, 2]}\n" % i for i in range(6_500)), _yaml),
     "many aliases": ("p.yaml", ALIASES.encode(), _yaml),
-    "many seeds": ("p.yaml", SEEDS.encode(), lambda path: parameters.read_profile(str(path))),
+    "many seeds": ("p.yaml", SEEDS.encode(), lambda path: profiles.read_profile(str(path))),
 }
 
 

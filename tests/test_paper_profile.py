@@ -18,7 +18,7 @@ import pytest
 import yaml
 from tiny_models import FAMILIES, HUB_IDS
 
-from atp_utils import ROOT, models, parameters, runs
+from atp_utils import ROOT, models, parameters, profiles, runs
 from atp_utils.engines.scripted import ScriptedEngine
 from atp_utils.engines.transformers_engine import TransformersEngine
 from atp_utils.evolution import journal, loop
@@ -68,7 +68,7 @@ class Run:
         self.profile.write_text(yaml.safe_dump(paper))
 
     def settings(self, book, scenario, family):
-        return parameters.read_profile(str(self.profile)).parameters(book, scenario, self.tiny[family])
+        return profiles.read_profile(str(self.profile)).parameters(book, scenario, self.tiny[family])
 
     def adapter(self, scenario, family, method):
         return self.folder / "adapters" / scenario / family / method
@@ -150,7 +150,7 @@ def test_adapters_are_trained_with_the_papers_settings(run, scenario, family, me
     assert models.check_adapter(folder, run.tiny[family]) == (method == "dpo")
     manifest, log = json.loads((folder / "manifest.json").read_text()), pd.read_csv(folder / "training_log.csv")
     assert manifest["steps"] == len(log) == 1
-    paper = parameters.read_profile("paper").parameters(parameters.ALIGN[method], scenario, HUB_IDS[family])
+    paper = profiles.read_profile("paper").parameters(parameters.ALIGN[method], scenario, HUB_IDS[family])
     same = {"learning_rate", "beta", "lora_rank", "epochs", "batch_size", "temperature", "checkpoint_activations"}
     for name in same | {"scheduler", "warmup_ratio", "thinking"}:
         assert manifest["settings"][name] == getattr(paper, name), name
@@ -181,6 +181,6 @@ def test_evolutions_count_what_cannot_be_read(run, scenario, family):
         set(table["arm"]) == {ARMS[family]} and table["p_deviate"].isna().all() and (table["prompt_tokens"] > 0).all()
     )
     invalid = table[~table["valid"]]
-    paper = parameters.read_profile("paper").parameters(EVOLVE[scenario], None, HUB_IDS[family])
+    paper = profiles.read_profile("paper").parameters(EVOLVE[scenario], None, HUB_IDS[family])
     assert len(invalid) > 0 and (invalid["attempts"] == paper.max_attempts).all()
     assert invalid[["deviated", "choice", "reward"]].isna().all(axis=None)

@@ -10,7 +10,7 @@ import yaml
 from atp_utils import resolve
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Reply, Sampling
-from atp_utils.parameters import read_profile
+from atp_utils.profiles import read_profile
 from atp_utils.scenarios import collusion, role_play
 
 PAPER = resolve("profiles/paper.yaml").read_text()

@@ -5,7 +5,8 @@ import papermill
 import pytest
 
 from atp_utils import parameters, resolve
-from atp_utils.parameters import check, from_text, read_profile, run_folder
+from atp_utils.parameters import check, from_text
+from atp_utils.profiles import read_profile, run_folder
 
 BOOKS = sorted(path.stem for path in resolve("notebooks").glob("*.ipynb"))
 PROFILES = sorted(path.stem for path in resolve("profiles").glob("*.yaml"))

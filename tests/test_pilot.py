@@ -3,7 +3,7 @@ import pytest
 import yaml
 from trainings import a_run
 
-from atp_utils import ROOT, parameters, pilot
+from atp_utils import ROOT, pilot, profiles
 from atp_utils.scenarios.registry import SCENARIOS
 
 
@@ -15,7 +15,7 @@ def table(tiny, tmp_path_factory):
     profile["notebooks"]["03_align_grpo"] |= {"lora_rank": 0, "scheduler": "linear"}
     path = tmp_path_factory.mktemp("pilot") / "mine.yaml"
     path.write_text(yaml.safe_dump(profile))
-    return pilot.pilot(parameters.read_profile(str(path)), path.parent / "scratch")
+    return pilot.pilot(profiles.read_profile(str(path)), path.parent / "scratch")
 
 
 def test_every_kind_of_job_is_measured_and_its_units_counted(table):

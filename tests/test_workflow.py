@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from atp_utils import ROOT
-from atp_utils.parameters import read_profile
+from atp_utils.profiles import read_profile
 from atp_utils.runs import adapters
 from atp_utils.support.code_digest import closure
 

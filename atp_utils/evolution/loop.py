@@ -47,7 +47,7 @@ def run_all(episodes: Sequence[Generator], engine: Engine, journal: Journal, pro
 
 
 def alone(episode: Generator, engine: Engine, journal: Journal) -> list[tuple[Sequence[Request], Sequence[Reply]]]:
-    """Play one ``episode`` by itself: what it asked in each of its steps, and the replies, journalled as in `run_all`."""
+    """Play one ``episode`` by itself: what it asked in each step, and the replies, journalled as in `run_all`."""
     steps: list[tuple[Sequence[Request], Sequence[Reply]]] = []
     replies = None
     while True:

@@ -55,7 +55,7 @@ class Evolving:
         return table
 
     def first_episode(self) -> list[tuple[Sequence[Request], Sequence[Reply]]]:
-        """The first episode by itself: what it asked in each step, and the replies, which `play` finds in the journal."""
+        """The first episode by itself: what it asked in each step, and the replies, which `play` will find."""
         run = self.run
         with (
             _journal(run, self.engine.identity) as record,

@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from atp_utils import shown
+from atp_utils import resolve, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 # Bytes of a YAML file, which is read by a slow reader: ten times what any of ours has.
@@ -151,6 +151,15 @@ def read_yaml(path: Path, kind: Any, quoted: bool = True) -> Any:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         raise ValueError(f"{shown(path)}: {explain(error, quoted)}") from None
+
+
+def named_file(what: str, folder: Path, name: str) -> Path:
+    """The file ``folder/<name>.yaml``, or ``name`` itself if it ends in .yaml; FileNotFoundError names those there."""
+    path = resolve(name if name.endswith(".yaml") else folder / f"{name}.yaml")
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem for found in resolve(folder).glob("*.yaml")))
+        raise FileNotFoundError(f"no {what} {name!r} (there are: {known})")
+    return path
 
 
 def read_named(path: Path, model: type[Model], what: str) -> list[Model]:

@@ -23,7 +23,6 @@ from accelerate.utils.memory import clear_device_cache
 from tqdm.std import tqdm
 
 from atp_utils import ROOT, shown
-from atp_utils.parameters import named_file
 from atp_utils.support import files
 
 CONFIGURATIONS = Path("profiles/accelerate")
@@ -37,7 +36,7 @@ def processes(launcher: str) -> tuple[Path, int]:
 
     Raises FileNotFoundError, or ValueError for a file that accelerate doesn't take or this machine can't serve.
     """
-    path = named_file("launcher", CONFIGURATIONS, launcher)
+    path = files.named_file("launcher", CONFIGURATIONS, launcher)
     files.read_yaml(path, dict[str, Any])
     try:
         config = ClusterConfig.from_yaml_file(str(path))
