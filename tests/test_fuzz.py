@@ -9,7 +9,6 @@ import random
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -289,8 +288,10 @@ def test_only_documented_errors(name, tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", CASES)
-def test_only_documented_errors_at_length(name, tmp_path):
-    fuzz(name, settings.get_profile("soak").max_examples, tmp_path)
+def test_only_documented_errors_at_length(name, tmp_path, record_property):
+    examples = settings.get_profile("soak").max_examples
+    fuzz(name, examples, tmp_path)
+    record_property("examples", examples)
 
 
 # --- A megabyte --------------------------------------------------------------------------------------------
@@ -384,7 +385,8 @@ def test_a_large_file_is_read_or_refused_in_bounded_time(name, tmp_path):
 
 
 @pytest.mark.soak
-def test_how_long_a_megabyte_takes(tmp_path):
+def test_how_long_a_megabyte_takes(tmp_path, record_property):
     """For the record; a stuck reader meets the time limit of the test."""
     times = slowest(megabytes(1, 100)) | {name: read_large(name, tmp_path) for name in LARGE}
-    print(pd.Series(times).sort_values(ascending=False).to_string(float_format="{:.2f} s".format))
+    worst = max(times, key=times.get)
+    record_property(f"of {len(times)} the longest, {worst}", f"{times[worst]:.2f} s")

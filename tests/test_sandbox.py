@@ -801,19 +801,22 @@ def test_generated_programs():
 
 
 @pytest.mark.soak
-def test_2000_generated_programs():
-    print(dict(run_programs(range(1000, 3000))))
+def test_2000_generated_programs(record_property):
+    for end, count in sorted(run_programs(range(1000, 3000)).items()):
+        record_property(end, count)
 
 
 @pytest.mark.soak
-def test_speed_of_a_call_and_of_a_recovery():
-    """For the record (docs/performance.md); times are asserted only so far as a stuck machine would show."""
+def test_speed_of_a_call_and_of_a_recovery(record_property):
+    """For the record; times are asserted only so far as a stuck machine would show."""
     with started() as box:
         calls = sorted(box.run("6 * 7").seconds for _ in range(300))
         recoveries = []
         for _ in range(10):
             os.killpg(box._worker._process.pid, signal.SIGKILL)
             recoveries.append(box.run("1").seconds)
-    print(f"a call: median {1e3 * calls[150]:.1f} ms, longest {1e3 * calls[-1]:.1f} ms")
-    print(f"after a killed worker: median {sorted(recoveries)[5]:.2f} s, longest {max(recoveries):.2f} s")
+    record_property("a call, median", f"{1e3 * calls[150]:.1f} ms")
+    record_property("the longest of 300", f"{1e3 * calls[-1]:.1f} ms")
+    record_property("after a killed worker, median", f"{sorted(recoveries)[5]:.2f} s")
+    record_property("the longest of 10", f"{max(recoveries):.2f} s")
     assert calls[150] < 1 and max(recoveries) < 60
