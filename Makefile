@@ -75,7 +75,7 @@ test: model ## ruff, pytest and the notebooks by nbval
 	$(NBVAL) --nbval-lax $(filter-out $(foreach book,$(STRICT),notebooks/$(book).ipynb),$(wildcard notebooks/*.ipynb))
 
 soak: model ## the long form of the tests of faults and hostile input; writes docs/reliability.json
-	$(PYTEST) -m soak --hypothesis-profile=soak --counts docs/reliability.json
+	$(PYTEST) -m soak --hypothesis-profile=soak --counts=docs/reliability.json
 
 test-cluster: model $(CLUSTER_INSTALLED) ## run the pipeline on a one-node Slurm that it sets up (root, Debian)
 	$(BIN)/python -m pytest -p no:cacheprovider --timeout 0 -v tests/cluster/check_cluster.py
