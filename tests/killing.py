@@ -9,6 +9,7 @@ kill left. A child does each run, so that libraries are imported once.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from atp_utils import parameters, runs
 from atp_utils.engines.scripted import ScriptedEngine
 from atp_utils.evolution.requests import Request
 from atp_utils.runs import adapters, evolving, publish
+from atp_utils.support import manifest
 
 Job = Callable[[Path], None]
 Moment = Callable[[str, object], bool]  # of an event and the function, as `sys.setprofile` has them
@@ -208,6 +210,9 @@ JOBS |= {"publish": publishing}
 
 
 def main(name: str, folder: Path, moments: list[str]) -> None:
+    # Most of a small job's calls would be those that read the packages' versions, and most kills would come then.
+    manifest.packages = functools.cache(manifest.packages)
+    manifest.packages()
     job = JOBS[name](folder)
     begins = folder / "before"  # what is there before the job, if anything
     if begins.exists():
