@@ -47,11 +47,12 @@ def round_curves(ax: Axes, rates: pd.DataFrame, *, title: str, label: str, dashe
     if rates["rate"].isna().all():
         ax.text(0.5, 0.5, "no valid decision", transform=ax.transAxes, ha="center", va="center", color="0.3")
     ax.set(title=title, xlabel="round", ylabel=label, xticks=rounds[:: math.ceil(len(rounds) / 10)])
-    # A little room, so that marks at 0 and 100 are whole.
-    ax.set(ylim=(-3, 103), yticks=range(0, 101, 20))
+    # A little room, so that marks at 0 and 100 are whole, and above them a row where the legend hides no curve.
+    ax.set(ylim=(-3, 119), yticks=range(0, 101, 20))
     margin = 0.05 * (rounds[-1] - rounds[0]) or 0.5
     ax.set_xlim(rounds[0] - margin, rounds[-1] + margin)
-    ax.legend(title=None, loc="best", frameon=True)
+    row = {"ncols": len(NAMES), "columnspacing": 1, "handlelength": 1.6, "handletextpad": 0.4, "borderaxespad": 0.2}
+    ax.legend(title=None, loc="upper center", frameon=False, fontsize="small", **row)
     return ax
 
 
