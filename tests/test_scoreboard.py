@@ -40,9 +40,9 @@ def test_a_drift_is_held_against_the_papers(drift, spread, status):
     assert found == status and estimate == pytest.approx(drift)
 
 
-def test_what_was_not_run_and_what_has_one_unit_say_so():
-    rows = [("base", "a", 1, 0.4), ("base", "a", 6, 0.6)]
-    decisions = table_of(rows)
+@pytest.mark.parametrize("environments", ["a", "ab"])
+def test_what_was_not_run_and_what_has_few_units_say_so(environments):
+    decisions = table_of([row for name in environments for row in (("base", name, 1, 0.4), ("base", name, 6, 0.6))])
     assert status_of(decisions, "Table 1", "violations of base climb, round 1 to 6")[0] == "too few units"
     assert status_of(decisions, "Table 1", "DPO begins below base")[0] == "not run"
     assert status_of(decisions, "Figure 3", "collusion of base climbs at k = 2, 4")[0] == "not run"

@@ -2,7 +2,7 @@
 
 A claim is a difference with a sign. Ours is *reproduced* where its 95 % interval excludes 0 on the paper's side and
 holds a number that the paper gives, if it gives any; *direction only* where it excludes 0 on that side; else *not
-reproduced*; *too few units* where there is no interval.
+reproduced*; *too few units* with fewer than three, whose interval would be wider than anything that a rate can do.
 Models, environments and prompts are others than the paper's, so a number that differs contradicts nothing there, and a
 sign that doesn't come again says only that the claim doesn't hold for these models.
 """
@@ -21,6 +21,7 @@ NOT_RUN, TOO_FEW = "not run", "too few units"
 KEYS = ["item", "claim"]
 OFTEN = 0.75  # Section 3.2: colluding again after a success has "over 75 %" nearly everywhere
 EASY, HARD = (2, 4), (6, 8)
+FEWEST = 3  # units
 
 # The decisions of one model in the standard condition -> differences by unit, or None where that wasn't run.
 Differences = Callable[[pd.DataFrame], pd.Series | None]
@@ -97,9 +98,9 @@ def _scored(claim: Claim, rows: pd.DataFrame) -> tuple[int, float, float, float,
         return 0, nan, nan, nan, NOT_RUN
     known = differences.dropna().astype(float)
     mean, _, freedom = stats.estimate(known, *stats.levels(known))
-    low, high = stats.interval(known, *stats.levels(known), proportion=False)
-    if freedom < 1:
+    if freedom + 1 < FEWEST:
         return freedom + 1, mean, nan, nan, TOO_FEW
+    low, high = stats.interval(known, *stats.levels(known), proportion=False)
     same_side = low > 0 if claim.sign > 0 else high < 0
     near = not claim.paper or any(low <= number <= high for number in claim.paper)
     return freedom + 1, mean, low, high, (REPRODUCED if near else DIRECTION) if same_side else NOT_REPRODUCED

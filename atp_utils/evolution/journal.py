@@ -21,7 +21,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,11 +116,11 @@ class Journal:
 
     The folder is one that was claimed (`folders`). A line that a crash cut short is dropped on opening; a damaged line
     elsewhere raises ValueError with its number. Replies that a changed configuration no longer asks for stay in the
-    file, unused. ``chats`` holds digests of the different contents that were asked: as many chats as a model has to
-    compute.
+    file, unused. Replies that are ``new``, by their digests, this process has paid for itself: they count as answered
+    now. ``chats`` holds digests of the different contents that were asked: as many chats as a model has to compute.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, new: Iterable[str] = ()):
         self.folder = Path(folder)
         self.path = self.folder / REPLIES
         with contextlib.ExitStack() as opened:
@@ -131,6 +131,7 @@ class Journal:
             self._opened = opened.pop_all()
         self.used: set[str] = set()
         self.chats: set[bytes] = set()
+        self.new = set(new)
         self.replayed = self.paid = 0
 
     def find(self, request: Request, identity: str) -> Reply | None:
@@ -139,7 +140,9 @@ class Journal:
         reply = self.record.replies.get(request.digest(identity))
         if reply is not None:
             self.used.add(reply.digest)
-            self.replayed += 1
+            self.paid += reply.digest in self.new
+            self.replayed += reply.digest not in self.new
+            self.new.discard(reply.digest)
         return reply
 
     def put(self, request: Request, identity: str, reply: Reply) -> Reply:

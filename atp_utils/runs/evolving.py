@@ -1,8 +1,8 @@
 """An evolution notebook's run, from its parameters to the finished table of decisions."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -27,6 +27,7 @@ class Evolving:
     engine: Engine
     protocol: Protocol
     items: list
+    paid: set[str] = field(default_factory=set)  # digests of replies that `first_episode` was the first to ask for
 
     def play(self) -> pd.DataFrame:
         """Run all episodes to the end, or go on where they were stopped; returns the table of decisions.
@@ -40,7 +41,7 @@ class Evolving:
         # The bar counts replies: of a forced choice, those in both orders.
         total = scenario.decisions(given, len(self.items)) * (2 if given.protocol == "choose" else 1)
         with (
-            _journal(run, self.engine.identity) as record,
+            _journal(run, self.engine.identity, self.paid) as record,
             scenario.episodes(self.items, given, self.protocol, record) as (episodes, facts),
             progress.bar(total, f"{scenario.name} {given.arm}") as bar,
         ):
@@ -61,7 +62,10 @@ class Evolving:
             _journal(run, self.engine.identity) as record,
             run.scenario.episodes(self.items, run.parameters, self.protocol, record) as (episodes, _),
         ):
-            return loop.alone(episodes[0], self.engine, record)
+            known = set(record.record.replies)
+            steps = loop.alone(episodes[0], self.engine, record)
+            self.paid.update(record.record.replies.keys() - known)
+        return steps
 
 
 def begin(scenario: str, namespace: Mapping[str, Any]) -> Evolving:
@@ -84,7 +88,7 @@ def begin(scenario: str, namespace: Mapping[str, Any]) -> Evolving:
     return Evolving(run, engine, given.protocol_of(), items)
 
 
-def _journal(run: Run, identity: str) -> Journal:
+def _journal(run: Run, identity: str, paid: Iterable[str] = ()) -> Journal:
     """The journal in the run's folder, of which a finished run has one identity."""
     manifest = run.out / MANIFEST
     before = facts_of(run.out).identity if manifest.is_file() else identity
@@ -93,7 +97,7 @@ def _journal(run: Run, identity: str) -> Journal:
             f"{shown(run.out)} holds a finished run of {before!r}, asked was {identity!r}: name another folder by out, "
             "or set overwrite to true"
         )
-    record = Journal(run.out)
+    record = Journal(run.out, paid)
     if before != identity:
         remove_derived(run.out)
     return record
