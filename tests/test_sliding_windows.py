@@ -306,3 +306,16 @@ def test_a_batch_leaves_room_for_replies_as_long_as_they_may_get(tmp_path):
     assert [len(batch) for batch in engine._batches(rows)] == [3, 3, 1]
     engine.held_tokens = 1
     assert [len(batch) for batch in engine._batches(rows)] == [1] * 7
+
+
+def test_the_context_is_what_the_model_was_trained_on(tmp_path):
+    assert TransformersEngine(save(tmp_path / "plain", "llama", max_position_embeddings=77)).context == 77
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    folder = save(
+        tmp_path / "long",
+        "phi3",
+        rope_parameters=rope,
+        max_position_embeddings=400,
+        original_max_position_embeddings=99,
+    )
+    assert TransformersEngine(folder).context == 99
