@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from trainings import a_run
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -92,16 +94,12 @@ def fsdp(tmp_path, monkeypatch):
     return str(path)
 
 
-# The launcher names what it sees first: the killed process, or the other one that misses it.
-KILLED = r"(?s)yaml failed .*(rank +: 1 .*SIGKILL.*memory runs out|Connection closed by peer).*output.log"
-
-
 @pytest.mark.parametrize(("method", "layout"), [("dpo", "two_cpus"), ("grpo", "two_cpus"), ("dpo", "fsdp")])
 def test_two_processes_train_what_one_does_also_after_a_kill(method, layout, tiny, tmp_path, request, kill_the_second):
     launcher = request.getfixturevalue("fsdp") if layout == "fsdp" else TWO
     alone = train_both(method, tiny, tmp_path / "alone")
     out = tmp_path / "launched"
-    with pytest.raises(RuntimeError, match=KILLED):
+    with pytest.raises(RuntimeError, match=r"(?s)yaml failed .*rank +: 1 .*SIGKILL.*memory runs out.*output.log"):
         train_both(method, tiny, out, launcher)
     assert not list(out.glob("*_log.csv")) and not (out / "manifest.json").exists()
     [checkpoint] = (out / "checkpoints" / layout).glob("checkpoint-*/trainer_state.json")
@@ -124,6 +122,18 @@ def test_two_processes_train_what_one_does_also_after_a_kill(method, layout, tin
     for name in weights[0] | weights[1]:
         torch.testing.assert_close(weights[1][name], weights[0][name], rtol=0, atol=1e-3)
     models.check_adapter(out, tiny)
+
+
+def test_a_killed_process_is_named_also_where_another_one_missed_it_first(tmp_path):
+    missed = tmp_path / "error.json"
+    missed.write_text(json.dumps({"message": {"message": "closed by peer", "extraInfo": {"timestamp": "1"}}}))
+    ends = {0: (-signal.SIGTERM, str(missed)), 1: (-signal.SIGKILL, str(tmp_path / "none"))}
+    failures = {rank: ProcessFailure(rank, 100 + rank, code, file) for rank, (code, file) in ends.items()}
+    log = tmp_path / "output.log"
+    log.write_text(f"a step\nChildFailedError: {ChildFailedError('trainer', failures)}\n")
+    told = launch._why(log)
+    assert re.search(r"(?s)rank +: 1 .*SIGKILL.*Root Cause.*rank +: 0 .*closed by peer.*memory runs out", told)
+    assert "a step" not in told
 
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])

@@ -140,9 +140,11 @@ class Journal:
         reply = self.record.replies.get(request.digest(identity))
         if reply is not None:
             self.used.add(reply.digest)
-            self.paid += reply.digest in self.new
-            self.replayed += reply.digest not in self.new
-            self.new.discard(reply.digest)
+            if reply.digest in self.new:
+                self.new.remove(reply.digest)
+                self.paid += 1
+            else:
+                self.replayed += 1
         return reply
 
     def put(self, request: Request, identity: str, reply: Reply) -> Reply:

@@ -103,9 +103,12 @@ def report(done: int) -> None:
 
 
 def _why(log: Path) -> str:
-    """Torchrun's summary, which names the process that failed first, or else the end of the output."""
+    """Torchrun's summary of the processes that failed, or else the end of the output.
+
+    All of them: where one is killed, another that misses it may be told of as the first.
+    """
     lines = log.read_text(encoding="utf-8").rstrip().splitlines()
-    summary = next((place for place, line in enumerate(lines) if line.startswith("Root Cause")), None)
+    summary = next((place for place, line in enumerate(lines) if line == "Failures:"), None)
     said = lines[-SHOWN_LINES:] if summary is None else lines[summary:]
     if any("SIGKILL" in line for line in said):
         said.append("SIGKILL is what the system sends when memory runs out.")
