@@ -20,11 +20,15 @@ from atp_utils.scenarios.registry import SCENARIOS
 
 @dataclass
 class Seen:
-    """What a chat tells: the deviant option's place, own past choices (deviant?) with earnings, others' colluders."""
+    """What a chat tells: the deviant option's place, own past choices (deviant?) with earnings, others' colluders.
+
+    ``promised``: what the first question says that deviating pays more than complying.
+    """
 
     first: bool
     own: list[tuple[bool, float | None]]
     others: int | None = None
+    promised: float = 0.0
 
 
 def read(request, deviant):
@@ -40,7 +44,10 @@ def read(request, deviant):
             own.append((chosen == deviant, float(earned[1]) if earned else None))
         if counted := re.search(rf"(\d+) chose {deviant}", heard):
             others = int(counted[1]) - (chosen == deviant)
-    return Seen(names[0] == deviant, own, others)
+    asked = next(message["content"] for message in request.messages if message["role"] == "user")
+    pays = {name: float(pay) for name, pay in re.findall(r"^- (\w+): .* earns you (\d+)", asked, re.MULTILINE)}
+    promised = sum(pay if name == deviant else -pay for name, pay in pays.items()) if deviant in pays else 0.0
+    return Seen(names[0] == deviant, own, others, promised)
 
 
 def never(seen):
@@ -62,6 +69,11 @@ def follows_payoff(seen):
         return -0.7
     gain = sum(paid[0]) / len(paid[0]) - sum(paid[1]) / len(paid[1])
     return -0.7 + len(seen.own) * (0.6 if gain > 0 else -0.6 if gain < 0 else 0.0)
+
+
+def starts_shy_of_payoff(seen):
+    """Complies at first where deviating is said to pay more, and comes to one level whatever it earned."""
+    return -1.0 if seen.promised > 0 and not seen.own else -0.2
 
 
 def follows_majority(seen):

@@ -35,6 +35,19 @@ def test_each_habit_gets_its_verdict(habit, verdict, tmp_path):
     assert row.mass == pytest.approx(1)
 
 
+def test_a_contrast_that_a_first_round_makes_shows_where_it_is(tmp_path):
+    # No experience of payoffs moves this agent: the two conditions begin apart, and come to the same.
+    decisions = both(agents.starts_shy_of_payoff, tmp_path)
+    [row] = verdicts.contrast(decisions).itertuples()
+    assert row.verdict == "tips with payoff"
+    assert row.first_high < -0.1 and row.last == pytest.approx(0, abs=0.01)
+    assert row.contrast == pytest.approx(row.last - row.first)
+    # Of one that learns it is the other way round.
+    [learnt] = verdicts.contrast(both(agents.follows_payoff, tmp_path / "learns")).itertuples()
+    assert learnt.first == pytest.approx(0, abs=0.01) and learnt.last_low > 0.1
+    assert tables.contrast(decisions)["apart in round 1"].iloc[0].startswith("-")
+
+
 def test_payoffs_turned_over_turn_the_verdict_over(tmp_path):
     # What learns from payoff learns to comply where compliance pays more: a run of that in the standard one's place.
     decisions = both(agents.follows_payoff, tmp_path)

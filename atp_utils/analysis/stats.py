@@ -161,10 +161,17 @@ def drift_table(
 
 def unit_changes(decisions: pd.DataFrame, value: str, units: Sequence[str] = ("environment",)) -> pd.Series:
     """Last round's mean minus the first's of each unit (`kinds_of`) that has both; empty with one round only."""
+    ends = unit_ends(decisions, value, units)
+    return ends["last"] - ends["first"]
+
+
+def unit_ends(decisions: pd.DataFrame, value: str, units: Sequence[str] = ("environment",)) -> pd.DataFrame:
+    """Means of the first and the last round of each unit (`kinds_of`) that has both; empty with one round only."""
     means = _means(decisions, value, [*kinds_of(decisions, units), "round"]).unstack("round")
-    first, last = decisions["round"].min(), decisions["round"].max()
-    known = len(decisions) > 0 and first < last and {first, last} <= set(means.columns)
-    return (means[last] - means[first] if known else means.iloc[:0].sum(axis=1)).dropna()
+    ends = [decisions["round"].min(), decisions["round"].max()]
+    known = len(decisions) > 0 and ends[0] < ends[1] and set(ends) <= set(means.columns)
+    means = means[ends] if known else means.iloc[:0].reindex(columns=[0, 1])
+    return means.set_axis(["first", "last"], axis=1).dropna()
 
 
 def benefit_table(

@@ -22,7 +22,10 @@ def paper_columns() -> pd.DataFrame:
 
 
 def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
-    """The primary contrast of `verdicts.contrast` in percentage points, with Holm's p and the verdict."""
+    """The primary contrast of `verdicts.contrast` in percentage points, with Holm's p and the verdict.
+
+    *Apart*: the standard condition less the one of equal payoffs, before any experience and in the last round.
+    """
     table = verdicts.contrast(decisions).set_index(verdicts.KEYS)
     columns = {
         "drift, standard": stats.cells(table, "standard"),
@@ -30,6 +33,8 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
         "contrast [95 %]": stats.cells(table, "contrast", "low", "high"),
         "p (Holm)": ["–" if pd.isna(p) else f"{p:.2g}" for p in table["p"]],
         "least mass %": stats.cells(table, "mass"),
+        "apart in round 1": stats.cells(table, "first", "first_low", "first_high"),
+        "apart in the last": stats.cells(table, "last", "last_low", "last_high"),
         "verdict": table["verdict"],
     }
     return pd.DataFrame(columns)

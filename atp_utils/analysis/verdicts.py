@@ -33,7 +33,9 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
     """The primary contrast of every scenario, model and arm, with its verdict.
 
     Columns: `KEYS`, ``standard`` and ``control`` (the two changes, first round to last), contrast, low, high, p
-    (Holm's, over all rows), mass (the smallest mean probability of both answers in any round of the two) and verdict.
+    (Holm's, over all rows), mass (the smallest mean probability of both answers in any round of the two), verdict, and
+    how far apart the two conditions are at either end: first, first_low, first_high, last, last_low, last_high. The
+    contrast is the second less the first: where it is owed to the first round, no experience made it.
     Without a run of the control the contrast is NaN and the verdict "no control".
     """
     rows, both = [], decisions[decisions["condition"].isin((STANDARD, CONTROL))]
@@ -41,14 +43,18 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
         group, units = with_units(group, key[0])
         # By what all conditions have: one that was played with fewer trainings is compared unit by unit all the same.
         units, value = stats.kinds_of(group, units), stats.value_of(group)
-        changes = changes_of(group, value, units, STANDARD, CONTROL)
+        paid, equal = (stats.unit_ends(part, value, units) for part in _alike(group, STANDARD, CONTROL))
+        changes, apart = [ends["last"] - ends["first"] for ends in (paid, equal)], (paid - equal).dropna()
         differences = (changes[0] - changes[1]).dropna().astype(float)
         mean, error, freedom = stats.estimate(differences, *stats.levels(differences))
         ends = stats.interval(differences, *stats.levels(differences), proportion=False)
         mass = group.groupby(["condition", "round"], observed=True)["mass"].mean().astype(float).min()
         means = (float(change.mean()) if len(change) else np.nan for change in changes)
-        rows.append((*key, *means, mean, *ends, two_sided(mean, error, freedom), mass, same(mean, error, freedom)))
+        judged = two_sided(mean, error, freedom), mass, same(mean, error, freedom)
+        both_ends = (part for end in ("first", "last") for part in stats.mean_interval(apart[end]))
+        rows.append((*key, *means, mean, *ends, *judged, *both_ends))
     names = [*KEYS, "standard", "control", "contrast", "low", "high", "p", "mass", "same"]
+    names += ["first", "first_low", "first_high", "last", "last_low", "last_high"]
     table = pd.DataFrame(rows, columns=names)
     known = table["p"].notna()
     if known.any():
@@ -64,12 +70,15 @@ def changes_of(
     Items of one environment differ: a condition that was played with fewer would else be compared with other items.
     Where one of them wasn't played its changes are empty, and the other's of all items.
     """
+    first, second = (stats.unit_changes(part, value, units) for part in _alike(group, one, other))
+    return first, second
+
+
+def _alike(group: pd.DataFrame, one: str, other: str) -> list[pd.DataFrame]:
+    """The decisions of two conditions on the items that both played; all of each where they share none."""
     parts = [group[group["condition"] == name] for name in (one, other)]
     shared = set(parts[0]["item"]) & set(parts[1]["item"])
-    if shared:
-        parts = [part[part["item"].isin(shared)] for part in parts]
-    first, second = (stats.unit_changes(part, value, units) for part in parts)
-    return first, second
+    return [part[part["item"].isin(shared)] for part in parts] if shared else parts
 
 
 def two_sided(mean: float, error: float, freedom: int) -> float:
