@@ -64,9 +64,11 @@ def test_weights_templates_and_prompts_must_agree(runs):
         change(runs / STANDARD, identity="|".join([*known[:place], "0" * 16, *known[place + 1 :]]))
         with pytest.raises(ValueError, match=f"{name} is"):
             journal.read_decisions(runs)
+    other = runs / STANDARD.replace("dpo-0", "base")
+    change(other, prompts=None)  # as older manifests, which don't say
     change(runs / STANDARD, identity="|".join(known), prompts="a" * 64)
-    journal.read_decisions(runs)  # the other's manifest doesn't say
-    change(runs / STANDARD.replace("dpo-0", "base"), prompts="b" * 64)
+    journal.read_decisions(runs)
+    change(other, prompts="b" * 64)
     with pytest.raises(ValueError, match="prompts is"):
         journal.read_decisions(runs)
 
