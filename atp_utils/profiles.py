@@ -72,7 +72,8 @@ class Profile(BaseModel):
     ``notebooks`` maps a notebook to its parameters; those of ``notebook/part`` are for one scenario (training) or one
     condition (evolution) that is run. ``models`` maps each model to what it has otherwise, in the same form. A scenario
     that ``conditions`` doesn't name has the standard one; one that ``training_seeds`` doesn't name one training an arm.
-    A file that is ``like`` another profile has what it doesn't say from there, notebook by notebook.
+    A file that is ``like`` another profile has what it doesn't say from there, notebook by notebook; null takes one
+    away.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -95,7 +96,8 @@ class Profile(BaseModel):
         if isinstance(books := own.get("notebooks"), dict):
             before = under.get("notebooks", {})
             alike = {key for key, values in books.items() if isinstance(values, dict)} & before.keys()
-            own["notebooks"] = before | books | {key: before[key] | books[key] for key in alike}
+            merged = before | books | {key: before[key] | books[key] for key in alike}
+            own["notebooks"] = {key: each for key, each in merged.items() if each is not None or key not in before}
         return under | own
 
     @model_validator(mode="after")

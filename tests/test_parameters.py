@@ -138,6 +138,8 @@ def test_a_profile_may_be_like_another_but_for_what_it_says(tmp_path):
     assert profile.notebooks == {"01_generate_data": {"seed": 1, "simple_problems": 300}, "02_align_dpo": {"beta": 0.3}}
     assert (list(profile.models), profile.arms) == (["smollm2-135m"], ["base", "dpo"])
     assert profile.of_model("a/b").notebooks == profile.notebooks
+    path.write_text(path.read_text().replace("{simple_problems: 300}", "null"))
+    assert read_profile(str(path)).notebooks == {"02_align_dpo": {"beta": 0.3}}
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,7 @@ def test_a_profile_may_be_like_another_but_for_what_it_says(tmp_path):
         (LIKE.replace("{other}", "mine.yaml"), "is itself like another"),
         (LIKE.replace("{other}", "quick").replace("beta: 0.3", "beta: x"), r"mine\.yaml.*02_align_dpo.*parameter beta"),
         (LIKE.replace("{other}", "quick").replace("{beta: 0.3}", "3"), r"mine\.yaml.*02_align_dpo.*valid dictionary"),
+        (LIKE.replace("{other}", "quick").replace("{beta: 0.3}", "null"), r"mine\.yaml.*02_align_dpo.*valid dict"),
     ],
 )
 def test_what_a_profile_cannot_be_like_is_refused(tmp_path, text, message):

@@ -43,8 +43,8 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
         group, units = with_units(group, key[0])
         # By what all conditions have: one that was played with fewer trainings is compared unit by unit all the same.
         units, value = stats.kinds_of(group, units), stats.value_of(group)
-        paid, equal = (stats.unit_ends(part, value, units) for part in _alike(group, STANDARD, CONTROL))
-        changes, apart = [ends["last"] - ends["first"] for ends in (paid, equal)], (paid - equal).dropna()
+        paid, equal = ends_of(group, value, units, STANDARD, CONTROL)
+        changes, apart = (paid["last"] - paid["first"], equal["last"] - equal["first"]), (paid - equal).dropna()
         differences = (changes[0] - changes[1]).dropna().astype(float)
         mean, error, freedom = stats.estimate(differences, *stats.levels(differences))
         ends = stats.interval(differences, *stats.levels(differences), proportion=False)
@@ -65,20 +65,25 @@ def contrast(decisions: pd.DataFrame) -> pd.DataFrame:
 def changes_of(
     group: pd.DataFrame, value: str, units: Sequence[str], one: str, other: str
 ) -> tuple[pd.Series, pd.Series]:
-    """Last round minus first by unit, in two conditions of one arm, of those items that were played in both.
-
-    Items of one environment differ: a condition that was played with fewer would else be compared with other items.
-    Where one of them wasn't played its changes are empty, and the other's of all items.
-    """
-    first, second = (stats.unit_changes(part, value, units) for part in _alike(group, one, other))
+    """Last round minus first by unit, in two conditions of one arm (`ends_of`)."""
+    first, second = (ends["last"] - ends["first"] for ends in ends_of(group, value, units, one, other))
     return first, second
 
 
-def _alike(group: pd.DataFrame, one: str, other: str) -> list[pd.DataFrame]:
-    """The decisions of two conditions on the items that both played; all of each where they share none."""
+def ends_of(
+    group: pd.DataFrame, value: str, units: Sequence[str], one: str, other: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """First and last round by unit, in two conditions of one arm, of those items that were played in both.
+
+    Items of one environment differ: a condition that was played with fewer would else be compared with other items.
+    Where one of them wasn't played its table is empty, and the other's of all items.
+    """
     parts = [group[group["condition"] == name] for name in (one, other)]
     shared = set(parts[0]["item"]) & set(parts[1]["item"])
-    return [part[part["item"].isin(shared)] for part in parts] if shared else parts
+    if shared:
+        parts = [part[part["item"].isin(shared)] for part in parts]
+    first, second = (stats.unit_ends(part, value, units) for part in parts)
+    return first, second
 
 
 def two_sided(mean: float, error: float, freedom: int) -> float:
