@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ def pilot(profile: Profile, folder: Path) -> pd.DataFrame:
     """One row a kind of job: model, scenario, job, jobs, GPUs, unit, units, seconds and tokens a unit, hours, most GB.
 
     Runs in ``folder``. An evolution counts as one GPU's job, a training as that of all its launcher's processes.
-    ``jobs`` counts the arms and conditions that an evolution is run for (each taken to be as long as the standard one);
-    ``units`` and ``hours`` are of all of them, loading the model included.
+    ``jobs`` counts the policies and conditions that an evolution is run for (each taken to be as long as the standard
+    one), and the seeds of a training; ``units`` and ``hours`` are of all of them, loading the model included.
     """
     data = folder / "data"
     runs.write_data(profile.given(runs.DATA) | {"out": str(data)})
@@ -58,7 +59,8 @@ def _evolution(profile: Profile, scenario: Scenario, given: dict[str, Any], out:
     asked = profile.given(EVOLVE[scenario.name], None, given["model"]) | given
     whole = parameters.check(EVOLVE[scenario.name], asked)
     conditions = sum(name == scenario.name for name, _ in profile.evolutions)
-    units = scenario.decisions(whole, len(scenario.test_items(whole))) * len(profile.arms) * conditions
+    jobs = len(profile.policies(scenario.name)) * conditions
+    units = scenario.decisions(whole, len(scenario.test_items(whole))) * jobs
     small = evolving.begin(scenario.name, asked | dict(scenario.pilot) | {"arm": "base", "out": str(out)})
     loading, _ = _timed(lambda: getattr(small.engine, "model", None))
     seconds, table = _timed(small.play)
@@ -66,9 +68,9 @@ def _evolution(profile: Profile, scenario: Scenario, given: dict[str, Any], out:
     return {
         "job": "evolution",
         "makes": scenario.paper,
-        "jobs": len(profile.arms) * conditions,
+        "jobs": jobs,
         "gpus": 1,
-        **_extrapolated("decision", units, seconds / len(table), loading * len(profile.arms) * conditions),
+        **_extrapolated("decision", units, seconds / len(table), loading * jobs),
         "tokens": float(tokens),
         "most_gb": weights_memory.most_held() / 1e9,
     }
@@ -77,7 +79,8 @@ def _evolution(profile: Profile, scenario: Scenario, given: dict[str, Any], out:
 def _trainings(profile: Profile, scenario: Scenario, given: dict[str, Any], place: Path) -> Iterator[dict[str, Any]]:
     from atp_utils.training import launch, pairs, trainer
 
-    for method in (arm for arm in profile.arms if arm != "base"):
+    trained = Counter(name.partition("-")[0] for name in profile.policies(scenario.name) if name != "base")
+    for method, seeds in trained.items():
         book, out = ALIGN[method], place / method
         asked = profile.given(book, scenario.name, given["model"]) | given | {"scenario": scenario.name}
         asked |= {"min_mass": 0} if method == "dpo" else {}
@@ -99,9 +102,9 @@ def _trainings(profile: Profile, scenario: Scenario, given: dict[str, Any], plac
         yield {
             "job": method,
             "makes": f"{method} arm of {scenario.paper}",
-            "jobs": 1,
+            "jobs": seeds,
             "gpus": launch.processes(whole.launcher)[1] if whole.launcher else 1,
-            **_extrapolated("step", steps, facts["train_seconds"] / STEPS, once),
+            **_extrapolated("step", steps * seeds, facts["train_seconds"] / STEPS, once * seeds),
             "most_gb": facts["most_bytes"] / 1e9,
         }
 

@@ -71,9 +71,9 @@ class Profile(BaseModel):
 
     ``notebooks`` maps a notebook to its parameters; those of ``notebook/part`` are for one scenario (training) or one
     condition (evolution) that is run. ``models`` maps each model to what it has otherwise, in the same form. A scenario
-    that ``conditions`` doesn't name has the standard one; one that ``training_seeds`` doesn't name one training an arm.
-    A file that is ``like`` another profile has what it doesn't say from there, notebook by notebook; null takes one
-    away.
+    that ``conditions`` doesn't name has the standard one; one that ``training_seeds`` doesn't name one training an arm,
+    one with an empty list its base arm alone. A file that is ``like`` another profile has what it doesn't say from
+    there, notebook by notebook; null takes one away.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -81,7 +81,7 @@ class Profile(BaseModel):
     arms: Annotated[list[Arm], Field(min_length=1), Distinct]
     scenarios: Annotated[list[ScenarioName], Field(min_length=1), Distinct]
     conditions: Annotated[Conditions, AfterValidator(_conditions)] = {}
-    training_seeds: dict[ScenarioName, Annotated[list[Natural], Field(min_length=1), Distinct]] = {}
+    training_seeds: dict[ScenarioName, Annotated[list[Natural], Distinct]] = {}
     notebooks: Settings
 
     @model_validator(mode="before")
@@ -107,6 +107,8 @@ class Profile(BaseModel):
             for key in (key for settings in (self.notebooks, *self.models.values()) for key in settings):
                 if key.startswith(f"{notebook}/") and key not in listed:
                     raise ValueError(f"{key}: conditions doesn't list it for {scenario}, so nothing would look for it")
+        if idle := [scenario for scenario in self.scenarios if not self.policies(scenario)]:
+            raise ValueError(f"training_seeds.{idle[0]}: no seed, and arms has no base: nothing would evolve")
         for scenario, condition in self.evolutions:
             for model in self.models:
                 check(EVOLVE[scenario], self.given(EVOLVE[scenario], condition, model) | {"condition": condition})

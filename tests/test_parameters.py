@@ -110,6 +110,7 @@ notebooks:
         ("smollm2-135m: {}", "smollm2-135m: {02_align_dpo: {beta: x}}", "parameter beta"),
         ("smollm2-135m: {}", "smollm2-135m: {02_align_dpo: {seed: 1}}", "seed is set by training_seeds"),
         ("[base]", "[base, base]", "arms: .*'base' stands twice"),
+        ("[base]", "[dpo]\ntraining_seeds: {role_play: []}", "training_seeds.role_play: no seed, and arms has no base"),
     ],
 )
 def test_a_bad_profile_is_refused_by_file_and_key(tmp_path, old, new, message):
