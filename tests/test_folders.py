@@ -136,7 +136,7 @@ def test_publishing_takes_complete_runs_and_no_weights(tmp_path):
         "adapters/games/m/dpo/training_log.csv",
         "evolution/games/m/base/decisions.parquet",
         "evolution/games/m/base/manifest.json",
-        "evolution/games/m/base/replies.jsonl.gz",
+        "evolution/games/m/base/replies.jsonl.xz",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["record", "run"]
 

@@ -3,8 +3,8 @@
 Each case has a short form here and a long one in `make soak` (the hypothesis profile of that name).
 """
 
-import gzip
 import json
+import lzma
 import random
 import time
 from pathlib import Path
@@ -159,7 +159,7 @@ def reads_a_journal(lines, folder):
 
 
 def reads_a_packed_journal(content, folder):
-    path = folder / f"{journal.REPLIES}.gz"
+    path = folder / journal.PACKED
     path.write_bytes(content)
     try:
         journal.read_record(path)
@@ -226,7 +226,7 @@ def answered(told):
 
 
 def _lines() -> list[bytes]:
-    with gzip.open(RECORD / f"{journal.REPLIES}.gz") as file:
+    with lzma.open(RECORD / journal.PACKED) as file:
         kept = [line for line in file.read().splitlines() if b'"sampling"' in line or b'"message"' in line][:6]
     return kept + [b'{"tool": "t", "kind": "k", "asked": "1", "result": {"status": "ok"}}']
 
@@ -237,7 +237,7 @@ LINE = st.sampled_from(LINES) | st.sampled_from(LINES).flatmap(lambda line: repl
 )
 LINE |= JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=30) | st.just(b"[" * 100_000)
 MANIFEST = json.loads((RECORD / "manifest.json").read_text())
-PACKED = gzip.compress(b"\n".join(LINES), mtime=0)
+PACKED = lzma.compress(b"\n".join(LINES))
 TABLE = (RECORD / journal.DECISIONS).read_bytes()
 
 

@@ -1,5 +1,5 @@
-import gzip
 import json
+import lzma
 import resource
 import subprocess
 import sys
@@ -41,8 +41,8 @@ def test_the_record_tells_what_was_asked_and_shared_beginnings_once(tmp_path):
     with Journal(tmp_path) as record:
         digests = [put(record, request).digest for request in (REQUEST, OTHER, sampled)]
         result = record.result("sandbox", "print(1)", lambda: {"output": "1\n"})
-    compressed = tmp_path / "copy.jsonl.gz"
-    compressed.write_bytes(gzip.compress(record.path.read_bytes()))
+    compressed = tmp_path / journal.PACKED
+    compressed.write_bytes(lzma.compress(record.path.read_bytes()))
     for path in (record.path, compressed):
         read = journal.read_record(path)
         assert [read.request(digest) for digest in digests] == [REQUEST, OTHER, sampled]

@@ -19,7 +19,7 @@ def test_the_readme_shows_the_recorded_run():
 
 def test_recorded_decisions_have_their_raw_replies():
     for manifest in RESULTS.glob("*/evolution/**/manifest.json"):
-        replies = journal.read_record(manifest.parent / "replies.jsonl.gz").replies
+        replies = journal.read_record(manifest.parent / journal.PACKED).replies
         decisions = pd.read_parquet(manifest.parent / "decisions.parquet")
         assert len(decisions) and set(decisions["reply"]) <= set(replies)
 

@@ -15,11 +15,10 @@ stand there once.
 """
 
 import contextlib
-import gzip
 import hashlib
 import json
+import lzma
 import os
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +36,8 @@ from atp_utils.support import files, folders
 from atp_utils.support.manifest import MANIFEST, made_by, read_manifest
 
 REPLIES, DECISIONS = "replies.jsonl", "decisions.parquet"
+PACKED = f"{REPLIES}.xz"  # as it is published
+UNPACKING = 128 << 20  # bytes; what we pack takes 9 MB, and a file may ask for 4 GB
 # What a run is, in its table.
 RUN = ["scenario", "model", "condition", "arm", "training_seed"]
 ROLES = {"system", "user", "assistant"}
@@ -88,14 +89,16 @@ class Record:
 
 
 def read_record(path: Path, *, repair: bool = False) -> Record:
-    """The record in a journal's file, plain or ``.gz``; ``repair`` cuts off a torn last line.
+    """The record in a journal's file, plain or as it is published; ``repair`` cuts off a torn last line.
 
-    Raises ValueError with the number of a line that is damaged, and leaves the file as it is then, or naming a ``.gz``
-    that can't be unpacked.
+    Raises ValueError with the number of a line that is damaged, and leaves the file as it is then, or naming a packed
+    one that can't be unpacked.
     """
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        content = path.read_bytes()
+        if path.suffix == ".xz":
+            content = lzma.decompress(content, memlimit=UNPACKING)
+    except lzma.LZMAError as error:
         raise ValueError(f"{shown(path)} is damaged: {error}") from None
     whole = content.rfind(b"\n") + 1
     record = Record()
@@ -255,7 +258,7 @@ def complete_runs(folder: Path) -> list[Path]:
 
 def record_of(run: Path) -> Record:
     """The record of a run, compressed or not."""
-    return read_record(next(path for path in (run / REPLIES, run / f"{REPLIES}.gz") if path.is_file()))
+    return read_record(next(path for path in (run / REPLIES, run / PACKED) if path.is_file()))
 
 
 class Counts(BaseModel, extra="allow"):
@@ -333,7 +336,7 @@ def with_words(decisions: pd.DataFrame, results: Path) -> pd.DataFrame:
 def read_replies(results: Path) -> dict[str, Reply]:
     """Digest -> reply of every run below ``results``, published (compressed) or not."""
     replies = {}
-    for name in (REPLIES, f"{REPLIES}.gz"):
+    for name in (REPLIES, PACKED):
         for path in folders.below(Path(results), name):
             replies |= read_record(path).replies
     return replies

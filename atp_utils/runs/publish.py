@@ -5,13 +5,13 @@ prompts, training logs and manifests are copied; no weights: small adapters go t
 """
 
 import argparse
-import gzip
+import lzma
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from atp_utils import resolve, shown
-from atp_utils.evolution.journal import DECISIONS, REPLIES
+from atp_utils.evolution.journal import DECISIONS, PACKED, REPLIES
 from atp_utils.runs import adapters
 from atp_utils.runs.adapters import LOG
 from atp_utils.support import files, folders
@@ -39,14 +39,14 @@ def publish(run: Path, target: Path, overwrite: bool = False) -> list[Path]:
         for name, source in sources.items():
             content = source.read_bytes()
             with files.replacing(built / name) as copy:
-                copy.write_bytes(gzip.compress(content, mtime=0) if source.name == REPLIES else content)
+                copy.write_bytes(lzma.compress(content) if source.name == REPLIES else content)
     return list(sources)
 
 
 def _sources(run: Path) -> Iterator[tuple[Path, Path]]:
     """(name in the record, file) of all that is published."""
     for manifest in folders.below(run / "evolution", MANIFEST):
-        for name, held in ((MANIFEST, MANIFEST), (DECISIONS, DECISIONS), (f"{REPLIES}.gz", REPLIES)):
+        for name, held in ((MANIFEST, MANIFEST), (DECISIONS, DECISIONS), (PACKED, REPLIES)):
             yield manifest.with_name(name).relative_to(run), manifest.with_name(held)
     trained = folders.below(run / "adapters", MANIFEST)
     logs = (path for manifest in trained for path in (manifest, manifest.with_name(LOG)))

@@ -104,7 +104,7 @@ def read_jsonl(path: Path, model: type[Model]) -> list[Model]:
 def write_parquet(path: Path, frame: pd.DataFrame) -> None:
     """Write a table as parquet, whole or not at all."""
     with replacing(path) as temporary:
-        frame.to_parquet(temporary, index=False)
+        frame.to_parquet(temporary, index=False, compression="zstd")
 
 
 def as_folder(name: str) -> str:
