@@ -20,7 +20,10 @@ from atp_utils.analysis import (
     gallery,
     plots,
     positions,
+    reading,
     stats,
+    study,
+    study_figure,
     tables,
     tipping,
     tool_use_tables,
@@ -237,6 +240,39 @@ def test_the_place_of_the_deviant_option_by_hand():
     assert table.loc["first minus second", "r=1"] == "30.0 [-97.1, 100.0]"
 
 
+def test_the_study_in_one_look(tmp_path):
+    nan = float("nan")
+    rows = [
+        ("payoff", "role_play", "a/x-2b", "base", "", 16, -0.01, -0.02, 0.01, 1.0, "not shown"),
+        ("payoff", "role_play", "$y-135m", "dpo", "", 16, 0.20, 0.10, 0.30, 0.01, "shown"),
+        ("payoff", "role_play", "$y-135m", "base", "", 1, 0.04, nan, nan, nan, "undecided"),
+        ("easy success", "tool_use", "$y-135m", "base", "", 0, nan, nan, nan, nan, "no premise"),
+    ]
+    table = pd.DataFrame(rows, columns=[*study.KEYS, "n", "estimate", "low", "high", "p", "verdict"])
+    figure = study_figure.questions(table)
+    figure.canvas.draw()
+    # The smallest model first, its base arm before what was trained from it.
+    assert [ax.get_title() for ax in figure.axes] == ["$y-135m\nbase", "$y-135m\nDPO", "a/x-2b\nbase"]
+    asked = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert asked == ["payoff, role-play", "easy success, tool-use"]
+    marks = [[line.get_xydata().tolist() for line in ax.lines if line.get_marker() in "oD"] for ax in figure.axes]
+    assert marks[0][-1] == [[4.0, 0.0]] and marks[1] == [[[20.0, 0.0]]] and marks[2] == [[[-1.0, 0.0]]]
+    ends = [
+        [path.vertices[:, 0].tolist() for lines in ax.collections for path in lines.get_paths()] for ax in figure.axes
+    ]
+    assert ends == [[], [pytest.approx([10, 30])], [pytest.approx([-2, 1])]]
+    assert "no premise" in {text.get_text() for text in figure.axes[0].texts}
+    assert [path.rpartition(".")[2] for path in gallery.draw_answers(table, tmp_path)] == ["png", "svg"]
+    assert len(pd.read_csv(tmp_path / "questions.csv")) == 4
+
+
+def test_a_record_that_answers_nothing_has_no_such_figure(tmp_path):
+    answers = study.answers(record(("collusion",), exact=False))
+    assert answers.empty and list(answers)[:5] == study.KEYS
+    assert tables.answers(answers).empty and not gallery.draw_answers(answers, tmp_path)
+    assert reading.verdicts_in_short(answers) == reading.NOTHING
+
+
 def test_figures_of_other_results_are_not_mixed(tmp_path):
     folder = gallery.claim(tmp_path / "figures", tmp_path / "one")
     (folder / "old.png").touch()
@@ -282,4 +318,5 @@ def test_the_notebooks_run_on_one_arm_of_one_scenario(tmp_path, book):
     assert not [put for cell in cells for put in cell.get("outputs", []) if put.get("name") == "stderr"]
     drawn = {path.stem for path in folder.iterdir() if path.suffix == ".png"}
     own = {"08_figures": ("role_play", "role_play_environments"), "09_dose_response": ("conditions", "survival")}
-    assert drawn == {f"{name}_smollm2-135m" for name in own.get(book, ())}
+    one_look = {"questions"} if book == "09_dose_response" else set()
+    assert drawn == {f"{name}_smollm2-135m" for name in own.get(book, ())} | one_look

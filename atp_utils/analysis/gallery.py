@@ -5,13 +5,15 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 from atp_utils import ROOT, resolve, shown
-from atp_utils.analysis import figures, plots, response_figures  # noqa: F401  these register their figures
+from atp_utils.analysis import figures, plots, response_figures, study, study_figure  # noqa: F401  two register their figures
 from atp_utils.analysis.drawing import FIGURES, OF, TABLES, drawn_by
 from atp_utils.evolution import journal
 from atp_utils.support import files, folders
@@ -42,10 +44,22 @@ def draw(decisions: pd.DataFrame, name: str, folder: str | Path) -> list[str]:
         table = TABLES[name](rows)
         figure = FIGURES[name](rows, table)
         if figure is not None:
-            stem = f"{name}_{as_folder(model)}"
-            drawn += plots.save(figure, folder, stem, f"{description(name)} Model: {model}.{source_of(rows)}")
-            files.write_text(resolve(folder) / f"{stem}.csv", table.to_csv(index=False, float_format="%.6g"))
+            said = f"{description(FIGURES[name])} Model: {model}.{source_of(rows)}"
+            drawn += _save(figure, table, folder, f"{name}_{as_folder(model)}", said)
     return drawn
+
+
+def draw_answers(answers: pd.DataFrame, folder: str | Path) -> list[str]:
+    """Draw `study.answers` of all models in one figure, ``questions``, as `draw` does; nothing where there are none."""
+    if answers.empty:
+        return []
+    figure = study_figure.questions(answers)
+    return _save(figure, answers, folder, "questions", description(study_figure.questions))
+
+
+def _save(figure: Figure, table: pd.DataFrame, folder: str | Path, stem: str, said: str) -> list[str]:
+    files.write_text(resolve(folder) / f"{stem}.csv", table.to_csv(index=False, float_format="%.6g"))
+    return plots.save(figure, folder, stem, said)
 
 
 def source_of(decisions: pd.DataFrame) -> str:
@@ -53,14 +67,14 @@ def source_of(decisions: pd.DataFrame) -> str:
     return f" From the runs {', '.join(sorted(decisions['run'].unique()))}." if "run" in decisions else ""
 
 
-def description(name: str) -> str:
+def description(figure: Callable[..., Figure | None]) -> str:
     """What a figure shows, in words: the first paragraph of its function's documentation."""
-    return " ".join((FIGURES[name].__doc__ or name).split("\n\n")[0].split())
+    return " ".join((figure.__doc__ or figure.__name__).split("\n\n")[0].split())
 
 
 def draw_all(decisions: pd.DataFrame, folder: str | Path) -> list[str]:
-    """Draw every figure of every scenario in ``decisions``; returns their paths."""
-    drawn = []
+    """Draw the study's answers and every figure of every scenario in ``decisions``; returns their paths."""
+    drawn = draw_answers(study.answers(decisions), folder)
     for scenario, rows in decisions.groupby("scenario", sort=False, observed=True):
         for name in figures_of(scenario):
             drawn += draw(rows, name, folder)

@@ -8,7 +8,7 @@ import base64
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from atp_utils import resolve, shown
-from atp_utils.analysis import gallery, plots, report, scoreboard, study, tables
+from atp_utils.analysis import gallery, plots, report, scoreboard, study, study_figure, tables
+from atp_utils.analysis.drawing import FIGURES
 from atp_utils.evolution import journal
 from atp_utils.support import files
 from atp_utils.support.manifest import MANIFEST
@@ -51,7 +52,9 @@ def page(results: Path) -> str:
 
 
 def _sections(decisions: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    yield _section("What was asked, and what came out", ASKED, [("", tables.answers(study.answers(decisions)))])
+    answers = study.answers(decisions)
+    looks = _drawn(lambda folder: gallery.draw_answers(answers, folder), "questions", study_figure.questions)
+    yield _section("What was asked, and what came out", ASKED, [("", tables.answers(answers))], list(looks))
     yield _section("The paper's tables and figures", SCORED, [("", scoreboard.shown(scoreboard.scores(decisions)))])
     (_, *primary), *parts = report.parts(decisions)
     yield _section(report.PRIMARY.partition(":")[0], gallery.source_of(decisions).strip(), [primary])
@@ -73,12 +76,18 @@ def _html(table: pd.DataFrame) -> str:
 
 def _figures(rows: pd.DataFrame, scenario: str) -> Iterator[dict[str, str]]:
     for name in gallery.figures_of(scenario):
-        with tempfile.TemporaryDirectory() as folder:
-            gallery.draw(rows, name, folder)
-            plt.close("all")
-            for path in sorted(Path(folder).glob("*.svg")):
-                source = f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
-                yield {"source": source, "alt": f"{gallery.description(name)} {path.stem.removeprefix(f'{name}_')}"}
+        yield from _drawn(lambda folder, name=name: gallery.draw(rows, name, folder), name, FIGURES[name])
+
+
+def _drawn(draw: Callable[[str], object], name: str, figure: Callable[..., Any]) -> Iterator[dict[str, str]]:
+    """The drawings of figure ``name`` that ``draw`` puts into a folder, for an <img>."""
+    with tempfile.TemporaryDirectory() as folder:
+        draw(folder)
+        plt.close("all")
+        for path in sorted(Path(folder).glob("*.svg")):
+            source = f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
+            model = path.stem.removeprefix(name).removeprefix("_")
+            yield {"source": source, "alt": f"{gallery.description(figure)} {model}".strip()}
 
 
 def _runs(results: Path) -> Iterator[tuple[dict[str, Any], str]]:

@@ -41,17 +41,23 @@ def answers(decisions: pd.DataFrame) -> pd.DataFrame:
     Columns: `KEYS`, n (units of the kind that has fewest), estimate, low, high (95 %), p (Holm's over the question's
     rows), verdict. Fractions, not points.
     """
+    columns = [*KEYS, "n", "estimate", "low", "high", "p", "same", "why"]
     parts = []
     scenarios = dict(list(decisions.groupby("scenario", sort=True, observed=True)))
     for name, (_, asked, most) in QUESTIONS.items():
         rows = [
             (name, own, *row[:-1], *_judged(row[-1], most)) for own, rows in scenarios.items() for row in asked(rows)
         ]
-        part = pd.DataFrame(rows, columns=[*KEYS, "n", "estimate", "low", "high", "p", "same", "why"])
+        part = pd.DataFrame(rows, columns=columns)
         if (known := part["p"].notna()).any():
             part.loc[known, "p"] = multipletests(part.loc[known, "p"], ALPHA, "holm")[1]
-        parts.append(part.assign(verdict=[_verdict(row) for row in part.itertuples()]))
-    return pd.concat([part for part in parts if len(part)], ignore_index=True).drop(columns=["same", "why"])
+        parts.append(part.assign(verdict=pd.Series(map(_verdict, part.itertuples()), dtype=str)))
+    # All of them empty, they are one with every column.
+    return (
+        pd.concat([part for part in parts if len(part)] or parts[:1])
+        .drop(columns=["same", "why"])
+        .reset_index(drop=True)
+    )
 
 
 def _judged(differences: pd.Series | str, most: int) -> tuple[int, float, float, float, float, bool, str]:
@@ -210,10 +216,8 @@ def easy_success(rows: pd.DataFrame) -> Found:
 @question("size", "Does payoff move larger models more?", most=4)
 def size(rows: pd.DataFrame) -> Found:
     base = dict(list(rows[rows["arm"] == "base"].groupby("model", observed=True)))
-    known = [
-        model for model, own in base.items() if _parameters(model) and {STANDARD, CONTROL} <= set(own["condition"])
-    ]
-    known.sort(key=_parameters)
+    known = [model for model, own in base.items() if parameters(model) and {STANDARD, CONTROL} <= set(own["condition"])]
+    known.sort(key=parameters)
     for smaller, larger in zip(known, known[1:], strict=False):
         shared = set(base[smaller]["item"]) & set(base[larger]["item"])
         less, more = (_less(base[model][base[model]["item"].isin(shared)], CONTROL) for model in (smaller, larger))
@@ -221,7 +225,7 @@ def size(rows: pd.DataFrame) -> Found:
             yield larger, "base", f"less {smaller}", more - less
 
 
-def _parameters(model: str) -> float:
+def parameters(model: str) -> float:
     """Millions of parameters by the model's name, such as 500 for 0.5b; 0 where it tells none."""
     sizes = re.findall(r"(\d+(?:\.\d+)?)([mb])(?![a-z])", model.lower())
     return float(sizes[-1][0]) * {"m": 1, "b": 1000}[sizes[-1][1]] if sizes else 0.0
