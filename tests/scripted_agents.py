@@ -22,13 +22,15 @@ from atp_utils.scenarios.registry import SCENARIOS
 class Seen:
     """What a chat tells: the deviant option's place, own past choices (deviant?) with earnings, others' colluders.
 
-    ``promised``: what the first question says that deviating pays more than complying.
+    ``promised``: what the first question says that deviating pays more than complying; ``turns``: answers before this
+    one, about whatever.
     """
 
     first: bool
     own: list[tuple[bool, float | None]]
     others: int | None = None
     promised: float = 0.0
+    turns: int = 0
 
 
 def read(request, deviant):
@@ -47,7 +49,7 @@ def read(request, deviant):
     asked = next(message["content"] for message in request.messages if message["role"] == "user")
     pays = {name: float(pay) for name, pay in re.findall(r"^- (\w+): .* earns you (\d+)", asked, re.MULTILINE)}
     promised = sum(pay if name == deviant else -pay for name, pay in pays.items()) if deviant in pays else 0.0
-    return Seen(names[0] == deviant, own, others, promised)
+    return Seen(names[0] == deviant, own, others, promised, len(said))
 
 
 def never(seen):
@@ -74,6 +76,11 @@ def follows_payoff(seen):
 def starts_shy_of_payoff(seen):
     """Complies at first where deviating is said to pay more, and comes to one level whatever it earned."""
     return -1.0 if seen.promised > 0 and not seen.own else -0.2
+
+
+def aligned_without_a_past(seen):
+    """Keeps to the rule in chats like those of its training, which had no earlier turn, and to nothing in others."""
+    return 0.0 if seen.turns else -2.0
 
 
 def follows_majority(seen):

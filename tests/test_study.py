@@ -31,6 +31,7 @@ def verdicts_of(decisions, question):
         (agents.follows_position, {"payoff": "not shown", "copying": "not shown", "position": "shown"}),
         (agents.copies_itself, {"payoff": "not shown", "copying": "shown", "dose": "not shown"}),
         (agents.follows_payoff, {"payoff": "shown", "copying": "not shown", "position": "not shown"}),
+        (agents.aligned_without_a_past, {"payoff": "not shown", "copying": "not shown", "format": "shown"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -38,6 +39,17 @@ def test_each_habit_gets_its_verdicts(habit, expected, tmp_path):
     decisions = pd.concat([*lived(habit, tmp_path), agents.evolve("role_play", habit, tmp_path / "written", **WRITTEN)])
     found = {question: set(verdicts_of(decisions, question).values()) for question in expected}
     assert found == {question: {verdict} for question, verdict in expected.items()}
+
+
+def test_a_training_that_holds_without_a_past_erodes_and_payoffs_have_no_part_in_it(tmp_path):
+    arms = {"base": lambda seen: 0.0, "dpo": agents.aligned_without_a_past}
+    parts = [part.assign(arm=arm) for arm, habit in arms.items() for part in lived(habit, tmp_path / arm)]
+    decisions = pd.concat(parts, ignore_index=True)
+    [row] = study.answers(decisions).query("question == 'erosion'").itertuples()
+    # From 12 % to 50 %, as 1 / (1 + e^2) has it, where base stays at 50.
+    assert row.verdict == "shown" and row.estimate == pytest.approx(0.38, abs=0.02)
+    found = study.answers(decisions).query("arm == 'dpo'").set_index("question")["verdict"]
+    assert (found["payoff"], found["format"]) == ("not shown", "shown")
 
 
 def test_a_brake_is_shown_where_the_drift_needs_what_it_takes(tmp_path):
