@@ -11,7 +11,10 @@ import scripted_agents as agents
 
 from atp_utils.analysis import gallery, plots, report, response_figures
 
-DRAWN = {"role_play": ("conditions", "survival", "dose"), "collusion": ("response", "chain", "group_size")}
+DRAWN = {
+    "role_play": ("conditions", "role_play_paths", "survival", "dose"),
+    "collusion": ("collusion_paths", "response", "chain", "group_size"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,7 @@ def record(tmp_path_factory):
             given = {"condition": condition, "items": 8, "rounds": 3, "told": ["own", "other", "unrelated"]}
             parts.append(agents.evolve("role_play", habit, folder / arm / condition, arm=arm, **given))
     for arm, habit in (("base", agents.follows_majority), ("dpo", agents.copies_itself)):
-        for condition in ("standard", "forced_history"):
+        for condition in ("standard", "equal_payoffs", "forced_history"):
             given = {"condition": condition, "thresholds": [2, 6], "rounds": 2}
             parts.append(agents.evolve("collusion", habit, folder / "games" / arm / condition, arm=arm, **given))
     return pd.concat(parts, ignore_index=True)
@@ -80,4 +83,4 @@ def test_a_report_begins_with_the_verdicts(record):
     assert titles[0] == report.PRIMARY and {f"role_play: {report.SLOPES}", f"collusion: {report.MASS}"} <= set(titles)
     table = found[report.PRIMARY]
     assert table.loc[("role_play", "scripted", "grpo"), "verdict"] == "no tipping"
-    assert table.loc[("collusion", "scripted", "base"), "verdict"] == "no control"
+    assert table.loc[("collusion", "scripted", "dpo"), "verdict"] == "no tipping"

@@ -229,6 +229,15 @@ def of_conditions(_: pd.DataFrame, table: pd.DataFrame) -> Iterator[str]:
             yield f"{NAMES[arm]}, {name.replace('_', ' ')} less standard: {less}"
 
 
+@reading_of("role_play_paths")
+@reading_of("collusion_paths")
+def of_paths(_: pd.DataFrame, table: pd.DataFrame) -> Iterator[str]:
+    several = table.groupby("arm")["condition"].transform("nunique") > 1
+    for (arm, name), rows in table[several].groupby(["arm", "condition"], observed=True):
+        ends = " and ".join(f"{_percent(row)} in round {row['round']}" for _, row in rows.iloc[[0, -1]].iterrows())
+        yield f"{NAMES[arm]}, {name.replace('_', ' ')}: {ends}"
+
+
 @reading_of("survival")
 def of_survival(_: pd.DataFrame, table: pd.DataFrame) -> Iterator[str]:
     for (arm, name), rows in table.groupby(["arm", "condition"], observed=True):

@@ -11,6 +11,7 @@ from atp_utils.analysis.drawing import about, arms_of, figure_of, grid
 PLACES = {"none": -2.0, "unrelated": -1.0}
 RATIO_COLOURS = ("#999999", "#CC79A7", "#0072B2", "#D55E00", "#009E73")
 SURVIVAL = {verdicts.STANDARD: ("#0072B2", "-"), verdicts.CONTROL: ("#D55E00", "--")}  # colour and line
+PATHS = SURVIVAL | {"unrelated_history": ("#009E73", ":")}
 WRITTEN = ("forced_history",)
 REPEATS = 32
 SIZES = (8, 100, 10_000, 1_000_000)
@@ -36,6 +37,50 @@ def conditions(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
         ax.set(title=plots.NAMES[arm], xlabel="percentage points", ylim=(len(names) - 0.5, -0.5))
         ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     return figure
+
+
+def _paths(decisions: pd.DataFrame) -> pd.DataFrame:
+    """Rates by arm, condition and round, of those items that an arm has met in all of its conditions."""
+    value, parts = stats.value_of(decisions), []
+    for _, own in decisions.groupby("arm", observed=True):
+        met = own.groupby("item", observed=True)["condition"].nunique()
+        own = own[own["item"].map(met) == own["condition"].nunique()]
+        parts.append(stats.rate_table(own, value, ("model", "arm", "condition", "round")))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _draw_paths(decisions: pd.DataFrame, table: pd.DataFrame, label: str) -> Figure | None:
+    arms = [arm for arm in arms_of(table) if table.loc[table["arm"] == arm, "condition"].nunique() > 1]
+    if not arms or table["round"].nunique() < 2:
+        return None
+    figure, axes = grid(about(decisions, "Choices by what the rounds before paid"), 1, len(arms), 3.6, 3.6, sharey=True)
+    for ax, arm in zip(axes[0], arms, strict=True):
+        for name, (colour, line) in PATHS.items():
+            rows = table[(table["arm"] == arm) & (table["condition"] == name)]
+            ax.plot(rows["round"], 100 * rows["rate"], line, color=colour, marker="o", label=name.replace("_", " "))
+            ax.fill_between(rows["round"], 100 * rows["low"], 100 * rows["high"], color=colour, alpha=0.1, linewidth=0)
+        ax.set(title=plots.NAMES[arm], xlabel="round", ylim=(-3, 103), xticks=sorted(table["round"].unique()))
+    axes[0, 0].set_ylabel(label)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PATHS), frameon=False)
+    return figure
+
+
+@figure_of("role_play", _paths, tuple(PATHS))
+def role_play_paths(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
+    """P(deviate) by round under the paper's payoffs, under equal ones, and behind rounds about something else.
+
+    A panel an arm that met two of these at least, of the items that it met in all. None without one.
+    """
+    return _draw_paths(decisions, table, "P(deviate), %")
+
+
+@figure_of("collusion", _paths, tuple(PATHS))
+def collusion_paths(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
+    """P(collude) by round under the paper's payoffs, under equal ones, and behind rounds about something else.
+
+    As `role_play_paths`.
+    """
+    return _draw_paths(decisions, table, "P(collude), %")
 
 
 def _survivors(decisions: pd.DataFrame) -> pd.DataFrame:
