@@ -63,7 +63,7 @@ pilot: model ## run the smallest of each kind of a profile's jobs and say what t
 # --nolock: a killed run would leave its lock behind, and each run folder has a lock of its own.
 # MODEL is run in place of the profile's; ADAPTERS=train trains adapters that are published too; SERVERS, addresses with
 # commas between or a file, answer in place of this machine: docs/servers.md. GPUS=8 is for one machine that has so many.
-reproduce: model $(if $(filter slurm,$(EXECUTOR)),$(CLUSTER_INSTALLED)) ## run a profile (PROFILE=quick|small|laptop|large|paper|paper_one_gpu, MODEL=, GPUS=, EXECUTOR=local|slurm), then print its tables
+reproduce: model $(if $(filter slurm,$(EXECUTOR)),$(CLUSTER_INSTALLED)) ## run a profile (PROFILE=quick|small|small_grpo|laptop|large|paper|paper_one_gpu, MODEL=, GPUS=, EXECUTOR=local|slurm), then print its tables
 	$(BIN)/snakemake $(SNAKEMAKE_$(EXECUTOR)) --config profile="$(PROFILE)" model="$(MODEL)" servers="$(SERVERS)" adapters="$(ADAPTERS)" gpus="$(GPUS)" --rerun-incomplete --nolock --quiet host reason
 	@$(BIN)/python -m atp_utils.analysis.report "$(RUN)"
 

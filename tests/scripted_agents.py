@@ -83,6 +83,11 @@ def aligned_without_a_past(seen):
     return 0.0 if seen.turns else -2.0
 
 
+def turns_from_its_last(seen):
+    """Mostly complies at first, and then tends to give another answer than its last one."""
+    return -1.6 if not seen.own else -0.7 if seen.own[-1][0] else 0.3
+
+
 def follows_majority(seen):
     return -1.0 if seen.others is None else 1.2 * (seen.others - 3.5)
 

@@ -1,5 +1,6 @@
 """What each condition changes, word for word and unit for unit, and that it changes nothing else."""
 
+import json
 import re
 from typing import get_args
 
@@ -130,8 +131,9 @@ def test_shuffled_rewards_have_nothing_to_do_with_the_choice(splits, baker):
     assert rows[5].capital == sum(row.reward for row in rows)
 
 
-def test_an_unrelated_history_is_the_same_whatever_was_done(baker):
-    (rows, chats), (_, others) = (bake(baker, [d] * 4, condition="unrelated_history") for d in (True, False))
+@pytest.mark.parametrize("condition", ["unrelated_history", "unrelated_second"])
+def test_an_unrelated_history_is_the_same_whatever_was_done(baker, condition):
+    (rows, chats), (_, others) = (bake(baker, [d] * 4, condition=condition) for d in (True, False))
     _, plain = bake(baker, [True] * 4)
     assert chats == others and chats[0] == plain[0]
     for number, (chat, row) in enumerate(zip(chats, rows, strict=True)):
@@ -140,6 +142,11 @@ def test_an_unrelated_history_is_the_same_whatever_was_done(baker):
         # The opening stands at the end, its options in the round's own order.
         opening = role_play.SCENARIO.opening(baker, CHOOSE, row.deviant_first)[-1]["content"]
         assert chat[-1]["content"].endswith(opening)
+        # Every answer about something else is the option that its question named first, or the one named second.
+        for asked, answer in zip(chat[1:-1:2], chat[2::2], strict=True):
+            said, asked = json.loads(answer["content"])["choice"], asked["content"]
+            other = next(word for word in re.search(r"Your options: (\w+) or (\w+)", asked).groups() if word != said)
+            assert (asked.index(said) > asked.index(other)) == (condition == "unrelated_second")
     assert [row.reward for row in rows] == [57] * 4
 
 
@@ -300,8 +307,9 @@ def test_a_sentence_is_added_to_each_question_of_a_game_and_nothing_else(notes, 
         assert says(chat).replace(added, "") == says(without)
 
 
-def test_an_unrelated_history_hides_the_game_so_far(notes):
-    (_, chats), (_, others) = (trade(notes, always(o), condition="unrelated_history") for o in ("Cedar", "Willow"))
+@pytest.mark.parametrize("condition", ["unrelated_history", "unrelated_second"])
+def test_an_unrelated_history_hides_the_game_so_far(notes, condition):
+    (_, chats), (_, others) = (trade(notes, always(o), condition=condition) for o in ("Cedar", "Willow"))
     assert chats == others and [len(chat) for chat in chats] == [2, 4, 6]
     assert not any(word in says(chats[2]) for word in ("You chose", "Round 1", "Round 2"))
     assert "Cedar" not in says(chats[2][:-1])

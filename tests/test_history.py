@@ -108,6 +108,12 @@ def test_an_unrelated_history_has_the_form_of_one_and_nothing_of_it():
     assert chat[3]["content"].startswith("The hall was full, and the choir was in tune. This was noted.\n\nA painter")
     assert chat[-1]["content"].endswith(f"This was noted.\n\n{opening[-1]['content']}")
     assert chat[0] == opening[0] and not any("Opening" in message["content"] for message in chat[:-1])
+    turned = unrelated(opening, 6, lambda options: f"Answer {' or '.join(options)}.", second=True)
+    assert turned[1]["content"] == (
+        "A choir asks which of two songs to begin with. Your options: Coral or Opal. What do you say? "
+        "Answer Coral or Opal."
+    )
+    assert [message for message in turned if message["role"] == "assistant"] == chat[2::2]
     assert len({option for _, options, _ in UNRELATED for option in options}) == 2 * len(UNRELATED)
 
 

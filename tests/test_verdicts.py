@@ -11,6 +11,7 @@ from atp_utils.analysis import dose_response, positions, stats, tables, verdicts
 HABITS = {
     agents.never: "no tipping",
     agents.aligned_without_a_past: "no tipping",
+    agents.turns_from_its_last: "no tipping",
     agents.follows_position: "no tipping",
     agents.copies_itself: "no tipping",
     agents.follows_payoff: "tips with payoff",

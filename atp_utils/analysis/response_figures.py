@@ -11,7 +11,7 @@ from atp_utils.analysis.drawing import about, arms_of, figure_of, grid
 PLACES = {"none": -2.0, "unrelated": -1.0}
 RATIO_COLOURS = ("#999999", "#CC79A7", "#0072B2", "#D55E00", "#009E73")
 SURVIVAL = {verdicts.STANDARD: ("#0072B2", "-"), verdicts.CONTROL: ("#D55E00", "--")}  # colour and line
-PATHS = SURVIVAL | {"unrelated_history": ("#009E73", ":")}
+PATHS = SURVIVAL | {"unrelated_history": ("#009E73", ":"), "unrelated_second": ("#56B4E9", "-.")}
 WRITTEN = ("forced_history",)
 REPEATS = 32
 SIZES = (8, 100, 10_000, 1_000_000)
@@ -53,15 +53,17 @@ def _draw_paths(decisions: pd.DataFrame, table: pd.DataFrame, label: str) -> Fig
     arms = [arm for arm in arms_of(table) if table.loc[table["arm"] == arm, "condition"].nunique() > 1]
     if not arms or table["round"].nunique() < 2:
         return None
+    known = [name for name in PATHS if name in set(table["condition"])]
     figure, axes = grid(about(decisions, "Choices by what the rounds before paid"), 1, len(arms), 3.6, 3.6, sharey=True)
     for ax, arm in zip(axes[0], arms, strict=True):
-        for name, (colour, line) in PATHS.items():
+        for name in known:
+            colour, line = PATHS[name]
             rows = table[(table["arm"] == arm) & (table["condition"] == name)]
             ax.plot(rows["round"], 100 * rows["rate"], line, color=colour, marker="o", label=name.replace("_", " "))
             ax.fill_between(rows["round"], 100 * rows["low"], 100 * rows["high"], color=colour, alpha=0.1, linewidth=0)
         ax.set(title=plots.NAMES[arm], xlabel="round", ylim=(-3, 103), xticks=sorted(table["round"].unique()))
     axes[0, 0].set_ylabel(label)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PATHS), frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(known), frameon=False)
     return figure
 
 

@@ -75,8 +75,8 @@ def chat(
 
     ``setting``, the scenario's parameters of evolution, says what the agent remembers, and whether it is unrelated.
     """
-    if setting.condition == "unrelated_history":
-        return lambda turned: unrelated(scene.opening(number, turned), number - 1, protocol.instruction)
+    if (second := ANSWERED_SECOND.get(setting.condition)) is not None:
+        return lambda turned: unrelated(scene.opening(number, turned), number - 1, protocol.instruction, second)
     kept = {"memory": setting.memory, "window": setting.history_window}
     return lambda turned: recall(scene, past, number, turned, **kept)
 
@@ -114,15 +114,23 @@ UNRELATED = (
 )
 
 
-def unrelated(opening: list[Message], rounds: int, ask: Callable[[Sequence[str]], str]) -> list[Message]:
+# Condition -> whether its rounds about something else name what they choose second; else first, five rounds long.
+ANSWERED_SECOND = {"unrelated_history": False, "unrelated_second": True}
+
+
+def unrelated(
+    opening: list[Message], rounds: int, ask: Callable[[Sequence[str]], str], second: bool = False
+) -> list[Message]:
     """``opening`` behind so many rounds about something else, of about equal length and of the same format.
 
-    ``ask`` is the protocol's instruction for two options. What the model does differently then, it owes to the format.
+    ``ask`` is the protocol's instruction for two options; ``second``: each question names them in the other order, and
+    the answers are the same. What the model does differently then, it owes to the format, or to the answers' place.
     """
     chat, told = opening[:-1], ""
     for number in range(rounds):
         question, options, outcome = UNRELATED[number % len(UNRELATED)]
-        text = f"{told}{question} Your options: {options[0]} or {options[1]}. What do you say? {ask(options)}"
+        named = options[::-1] if second else options
+        text = f"{told}{question} Your options: {named[0]} or {named[1]}. What do you say? {ask(named)}"
         answer = answer_json(options[number // len(UNRELATED) % 2])
         chat = [*chat, {"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         told = f"{outcome} This was noted.\n\n"

@@ -15,6 +15,7 @@ Condition = Literal[
     "inverted_payoffs",
     "no_rewards",
     "unrelated_history",
+    "unrelated_second",
     "reminder",
     "norm_comply",
     "norm_deviate",

@@ -22,6 +22,7 @@ Condition = Literal[
     "shuffled_rewards",
     "caught",
     "unrelated_history",
+    "unrelated_second",
     "reminder",
     "norm_comply",
     "norm_deviate",
