@@ -225,6 +225,12 @@ def size(rows: pd.DataFrame) -> Found:
             yield larger, "base", f"less {smaller}", more - less
 
 
+def respondents(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Models and arms of a table of `answers`: the smallest model first, its base arm before what was trained of it."""
+    found = table[["model", "arm"]].drop_duplicates().itertuples(index=False, name=None)
+    return sorted(found, key=lambda row: (parameters(row[0]), row[0], stats.ARMS.index(row[1])))
+
+
 def parameters(model: str) -> float:
     """Millions of parameters by the model's name, such as 500 for 0.5b; 0 where it tells none."""
     sizes = re.findall(r"(\d+(?:\.\d+)?)([mb])(?![a-z])", model.lower())

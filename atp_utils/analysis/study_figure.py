@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from atp_utils.analysis import study, verdicts
-from atp_utils.analysis.drawing import arms_of
 from atp_utils.analysis.plots import NAMES
 
 # By verdict: colour, and whether a marker is filled.
@@ -26,8 +25,7 @@ def questions(table: pd.DataFrame) -> Figure:
     """
     rows = table.assign(place=table.groupby(ROW, sort=False).ngroup())
     labels = [_label(*key) for key in table.groupby(ROW, sort=False).groups]
-    models = sorted(table["model"].unique(), key=lambda name: (study.parameters(name), name))
-    panels = [(model, arm) for model in models for arm in arms_of(table[table["model"] == model])]
+    panels = study.respondents(table)
     size = (3.4 + 1.25 * len(panels), 0.23 * len(labels) + 1.3)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharex=True, sharey=True)
     for ax, (model, arm) in zip(axes[0], panels, strict=True):

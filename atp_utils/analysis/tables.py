@@ -48,6 +48,7 @@ def answers(table: pd.DataFrame) -> pd.DataFrame:
     )
     order = {text: place for place, (text, *_) in enumerate(study.QUESTIONS.values())}
     wide = rows.sort_index(key=lambda level: level.map(order) if level.name == "question" else level)
+    wide = wide.reindex(columns=pd.MultiIndex.from_tuples(study.respondents(table), names=["model", "arm"]))
     wide.columns = [f"{model}, {arm}" for model, arm in wide.columns]
     return wide.fillna("–")
 
