@@ -1,5 +1,6 @@
 """Figures: each function draws on an ``ax`` and returns it; nothing here computes a statistic."""
 
+import io
 import math
 import textwrap
 from pathlib import Path
@@ -11,6 +12,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from atp_utils import resolve, shown
 from atp_utils.support import files
@@ -81,10 +84,14 @@ def training_curve(ax: Axes, log: pd.DataFrame, column: str, *, title: str) -> A
 def save(figure: Figure, folder: str | Path, name: str, description: str = "") -> list[str]:
     """Write ``name.png`` and ``name.svg`` into ``folder``, with a description; returns their paths in the project."""
     paths = [resolve(folder) / f"{name}.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        metadata = {"Description": description} | ({"Date": None} if path.suffix == ".svg" else {"Software": None})
-        with files.replacing(path) as temporary:
-            figure.savefig(temporary, dpi=160, metadata=metadata)
+    drawn, said = io.BytesIO(), PngInfo()
+    figure.savefig(drawn, format="png", dpi=160)
+    said.add_text("Description", description)
+    with files.replacing(paths[0]) as temporary:
+        # 256 colours are enough for figures like these, and take a third of the bytes.
+        Image.open(drawn).convert("RGB").quantize(256).save(temporary, "png", pnginfo=said, optimize=True)
+    with files.replacing(paths[1]) as temporary:
+        figure.savefig(temporary, metadata={"Description": description, "Date": None})
     return [shown(path) for path in paths]
 
 
