@@ -304,6 +304,15 @@ def test_a_profile_lists_conditions_of_each_scenario(tmp_path, added, evolutions
     assert profile.of_model("m").evolutions == evolutions
 
 
+def test_a_scenario_without_training_seeds_has_its_base_arm_alone(tmp_path):
+    path = tmp_path / "mine.yaml"
+    seeds = "[base, dpo]\ntraining_seeds: {collusion: [], role_play: [3, 5]}"
+    path.write_text(PROFILE.replace("[base]", seeds).replace("[role_play]", "[role_play, collusion, tool_use]"))
+    profile = read_profile(str(path))
+    assert profile.policies("collusion") == ["base"] and profile.policies("tool_use") == ["base", "dpo-0"]
+    assert profile.policies("role_play") == ["base", "dpo-3", "dpo-5"]
+
+
 def test_settings_of_a_condition_win_over_the_notebooks_and_those_of_a_model_over_both(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(

@@ -4,6 +4,7 @@ import yaml
 from trainings import a_run
 
 from atp_utils import ROOT, pilot, profiles
+from atp_utils.scenarios.registry import SCENARIOS
 
 
 @pytest.fixture(scope="module")
@@ -12,23 +13,24 @@ def table(tiny, tmp_path_factory):
     profile = yaml.safe_load((ROOT / "tests/profiles/smoke.yaml").read_text()) | {"models": {tiny["qwen3"]: {}}}
     # One method trains an adapter, the other all weights.
     profile["notebooks"]["03_align_grpo"] |= {"lora_rank": 0, "scheduler": "linear"}
-    profile["training_seeds"] = {"role_play": [0, 1], "collusion": []}
+    profile["training_seeds"] = {"role_play": [0, 1]}
     path = tmp_path_factory.mktemp("pilot") / "mine.yaml"
     path.write_text(yaml.safe_dump(profile))
     return pilot.pilot(profiles.read_profile(str(path)), path.parent / "scratch")
 
 
 def test_every_kind_of_job_is_measured_and_its_units_counted(table):
+    assert sorted(zip(table["scenario"], table["job"], strict=True)) == sorted(
+        (name, job) for name in SCENARIOS for job in ("dpo", "grpo", "evolution")
+    )
     counted = table.set_index(["scenario", "job"])[["jobs", "units"]]
     evolutions, trainings = counted.xs("evolution", level="job"), counted.drop("evolution", level="job")
-    # Base and two trainings of two methods; base alone; three arms.
-    assert evolutions["jobs"].to_dict() == {"role_play": 5, "collusion": 1, "tool_use": 3}
+    # Base and two trainings of two methods; three arms.
+    assert evolutions["jobs"].to_dict() == {"role_play": 5, "collusion": 3, "tool_use": 3}
     # 4 items x 2 rounds; 7 games x 2 thresholds x 2 agents x 2 rounds; (1 + 2 problems) x 2 rounds.
-    assert evolutions["units"].to_dict() == {"role_play": 5 * 8, "collusion": 56, "tool_use": 3 * 6}
+    assert evolutions["units"].to_dict() == {"role_play": 5 * 8, "collusion": 168, "tool_use": 18}
     # The profile trains for one step.
-    trained = {
-        (name, method): seeds for name, seeds in (("role_play", 2), ("tool_use", 1)) for method in ("dpo", "grpo")
-    }
+    trained = {(name, job): 1 + (name == "role_play") for name in SCENARIOS for job in ("dpo", "grpo")}
     assert trainings["jobs"].to_dict() == trainings["units"].to_dict() == trained
     assert (table["seconds"] > 0).all() and (table["hours"] > 0).all() and (table["most_gb"] > 0.05).all()
 

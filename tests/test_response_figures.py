@@ -27,7 +27,8 @@ def record(tmp_path_factory):
             given = {"condition": condition, "items": 8, "rounds": 3, "told": ["own", "other", "unrelated"]}
             parts.append(agents.evolve("role_play", habit, folder / arm / condition, arm=arm, **given))
     for arm, habit in (("base", agents.follows_majority), ("dpo", agents.copies_itself)):
-        for condition in ("standard", "equal_payoffs", "forced_history"):
+        # The base arm has no control.
+        for condition in ("standard", *(["equal_payoffs"] if arm == "dpo" else []), "forced_history"):
             given = {"condition": condition, "thresholds": [2, 6], "rounds": 2}
             parts.append(agents.evolve("collusion", habit, folder / "games" / arm / condition, arm=arm, **given))
     return pd.concat(parts, ignore_index=True)
@@ -43,7 +44,9 @@ def test_every_figure_is_drawn_and_nothing_overlaps(record, scenario, name):
     figure.canvas.draw()
     page = figure.bbox.padded(1)
     words = [figure._suptitle, *(word for ax in figure.axes for word in (ax.title, ax.xaxis.label, ax.yaxis.label))]
-    boxes = [word.get_window_extent() for word in words if word.get_text()]
+    boxes = [
+        word.get_window_extent() for word in [*words, *figure.legends] if word in figure.legends or word.get_text()
+    ]
     assert all(page.contains(*corner) for box in boxes for corner in (box.min, box.max))
     assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
     assert all(ax.lines or ax.collections for ax in figure.axes)
@@ -83,4 +86,5 @@ def test_a_report_begins_with_the_verdicts(record):
     assert titles[0] == report.PRIMARY and {f"role_play: {report.SLOPES}", f"collusion: {report.MASS}"} <= set(titles)
     table = found[report.PRIMARY]
     assert table.loc[("role_play", "scripted", "grpo"), "verdict"] == "no tipping"
+    assert table.loc[("collusion", "scripted", "base"), "verdict"] == "no control"
     assert table.loc[("collusion", "scripted", "dpo"), "verdict"] == "no tipping"

@@ -53,7 +53,7 @@ def page(results: Path) -> str:
 
 def _sections(decisions: pd.DataFrame) -> Iterator[dict[str, Any]]:
     answers = study.answers(decisions)
-    looks = _drawn(lambda folder: gallery.draw_answers(answers, folder), "questions", study_figure.questions)
+    looks = _drawn(lambda folder: gallery.draw_answers(answers, folder), study_figure.questions)
     yield _section("What was asked, and what came out", ASKED, [("", tables.answers(answers))], list(looks))
     yield _section("The paper's tables and figures", SCORED, [("", scoreboard.shown(scoreboard.scores(decisions)))])
     (_, *primary), *parts = report.parts(decisions)
@@ -76,17 +76,17 @@ def _html(table: pd.DataFrame) -> str:
 
 def _figures(rows: pd.DataFrame, scenario: str) -> Iterator[dict[str, str]]:
     for name in gallery.figures_of(scenario):
-        yield from _drawn(lambda folder, name=name: gallery.draw(rows, name, folder), name, FIGURES[name])
+        yield from _drawn(lambda folder, name=name: gallery.draw(rows, name, folder), FIGURES[name])
 
 
-def _drawn(draw: Callable[[str], object], name: str, figure: Callable[..., Any]) -> Iterator[dict[str, str]]:
-    """The drawings of figure ``name`` that ``draw`` puts into a folder, for an <img>."""
+def _drawn(draw: Callable[[str], object], figure: Callable[..., Any]) -> Iterator[dict[str, str]]:
+    """The drawings of ``figure`` that ``draw`` puts into a folder, for an <img>."""
     with tempfile.TemporaryDirectory() as folder:
         draw(folder)
         plt.close("all")
         for path in sorted(Path(folder).glob("*.svg")):
             source = f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
-            model = path.stem.removeprefix(name).removeprefix("_")
+            model = path.stem.removeprefix(figure.__name__).removeprefix("_")
             yield {"source": source, "alt": f"{gallery.description(figure)} {model}".strip()}
 
 

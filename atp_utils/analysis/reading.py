@@ -232,8 +232,7 @@ def of_conditions(_: pd.DataFrame, table: pd.DataFrame) -> Iterator[str]:
 @reading_of("role_play_paths")
 @reading_of("collusion_paths")
 def of_paths(_: pd.DataFrame, table: pd.DataFrame) -> Iterator[str]:
-    several = table.groupby("arm")["condition"].transform("nunique") > 1
-    for (arm, name), rows in table[several].groupby(["arm", "condition"], observed=True):
+    for (arm, name), rows in table.groupby(["arm", "condition"], observed=True):
         ends = " and ".join(f"{_percent(row)} in round {row['round']}" for _, row in rows.iloc[[0, -1]].iterrows())
         yield f"{NAMES[arm]}, {name.replace('_', ' ')}: {ends}"
 

@@ -1,9 +1,12 @@
 """Figures of what could look like tipping, of dose and response, and of critical mass; notebooks 9 and 10."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from atp_utils.analysis import critical_mass, dose_response, plots, stats, tipping, verdicts
 from atp_utils.analysis.drawing import about, arms_of, figure_of, grid
@@ -40,17 +43,16 @@ def conditions(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
 
 
 def _paths(decisions: pd.DataFrame) -> pd.DataFrame:
-    """Rates by arm, condition and round, of those items that an arm has met in all of its conditions."""
-    value, parts = stats.value_of(decisions), []
-    for _, own in decisions.groupby("arm", observed=True):
-        met = own.groupby("item", observed=True)["condition"].nunique()
-        own = own[own["item"].map(met) == own["condition"].nunique()]
-        parts.append(stats.rate_table(own, value, ("model", "arm", "condition", "round")))
-    return pd.concat(parts, ignore_index=True)
+    """Rates by condition and round of arms that have several, of those items that an arm has met in all of them."""
+    by_arm, by_item = (
+        decisions.groupby(by, observed=True)["condition"].transform("nunique") for by in (["arm"], ["arm", "item"])
+    )
+    met = decisions[(by_arm > 1) & (by_item == by_arm)]
+    return stats.rate_table(met, stats.value_of(decisions), ("model", "arm", "condition", "round"))
 
 
 def _draw_paths(decisions: pd.DataFrame, table: pd.DataFrame, label: str) -> Figure | None:
-    arms = [arm for arm in arms_of(table) if table.loc[table["arm"] == arm, "condition"].nunique() > 1]
+    arms = arms_of(table)
     if not arms or table["round"].nunique() < 2:
         return None
     known = [name for name in PATHS if name in set(table["condition"])]
@@ -63,8 +65,13 @@ def _draw_paths(decisions: pd.DataFrame, table: pd.DataFrame, label: str) -> Fig
             ax.fill_between(rows["round"], 100 * rows["low"], 100 * rows["high"], color=colour, alpha=0.1, linewidth=0)
         ax.set(title=plots.NAMES[arm], xlabel="round", ylim=(-3, 103), xticks=sorted(table["round"].unique()))
     axes[0, 0].set_ylabel(label)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(known), frameon=False)
+    _legend_below(figure, axes[0, 0].lines, len(known))
     return figure
+
+
+def _legend_below(figure: Figure, lines: Sequence[Line2D], columns: int) -> None:
+    """One legend for all panels, of the labelled ``lines`` of one of them, where it hides nothing that is drawn."""
+    figure.legend(handles=[*lines], loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
 
 @figure_of("role_play", _paths, tuple(PATHS))
@@ -223,7 +230,8 @@ def chain(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
             )
         ax.set(title=f"k = {threshold}", xlabel="round", ylim=(-3, 103), xticks=sorted(table["round"].unique()))
     axes[0, 0].set_ylabel("collusion, %")
-    axes[0, -1].legend(loc="best", frameon=True, fontsize="small")
+    lines = axes[0, -1].lines
+    _legend_below(figure, [*lines[::2], *lines[1::2]], 2)  # a column predicted, a column played
     return figure
 
 

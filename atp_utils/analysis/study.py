@@ -52,12 +52,9 @@ def answers(decisions: pd.DataFrame) -> pd.DataFrame:
         if (known := part["p"].notna()).any():
             part.loc[known, "p"] = multipletests(part.loc[known, "p"], ALPHA, "holm")[1]
         parts.append(part.assign(verdict=pd.Series(map(_verdict, part.itertuples()), dtype=str)))
-    # All of them empty, they are one with every column.
-    return (
-        pd.concat([part for part in parts if len(part)] or parts[:1])
-        .drop(columns=["same", "why"])
-        .reset_index(drop=True)
-    )
+    # Where no question has a row, one of the empty parts has every column.
+    made = [part for part in parts if len(part)] or parts[:1]
+    return pd.concat(made, ignore_index=True).drop(columns=["same", "why"])
 
 
 def _judged(differences: pd.Series | str, most: int) -> tuple[int, float, float, float, float, bool, str]:

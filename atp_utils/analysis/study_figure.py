@@ -12,8 +12,13 @@ from matplotlib.lines import Line2D
 from atp_utils.analysis import study, verdicts
 from atp_utils.analysis.plots import NAMES
 
-# By verdict: colour, and whether a marker is filled.
-LOOKS = {study.SHOWN: ("#D55E00", True), study.UNDECIDED: ("0.45", False), study.NOT_SHOWN: ("#0072B2", True)}
+# Markers by verdict.
+LOOKS: dict[str, dict[str, Any]] = {
+    study.SHOWN: {"color": "#D55E00", "marker": "D"},
+    study.UNDECIDED: {"color": "0.45", "marker": "o", "markerfacecolor": "white"},
+    study.NOT_SHOWN: {"color": "#0072B2", "marker": "o"},
+}
+MARKER = {"markersize": 5, "linestyle": ""}
 ROW = ["question", "scenario", "about"]
 
 
@@ -23,8 +28,9 @@ def questions(table: pd.DataFrame) -> Figure:
     ``table`` is `study.answers`'. The grey band is what counts as no effect. A question that has no number to it has
     its verdict as a word; an empty place has not been run.
     """
-    rows = table.assign(place=table.groupby(ROW, sort=False).ngroup())
-    labels = [_label(*key) for key in table.groupby(ROW, sort=False).groups]
+    asked = table[ROW].drop_duplicates(ignore_index=True)
+    rows = table.merge(asked.assign(place=asked.index), on=ROW)
+    labels = [_label(*key) for key in asked.itertuples(index=False)]
     panels = study.respondents(table)
     size = (3.4 + 1.25 * len(panels), 0.23 * len(labels) + 1.3)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharex=True, sharey=True)
@@ -36,7 +42,7 @@ def questions(table: pd.DataFrame) -> Figure:
     axes[0, 0].set(ylim=(len(labels) - 0.5, -0.5))
     axes[0, 0].set_yticks(range(len(labels)), labels)
     figure.supxlabel("percentage points", fontsize="medium")
-    marks = [Line2D([], [], label=name, **_look(name)) for name in LOOKS]
+    marks = [Line2D([], [], label=name, **MARKER, **look) for name, look in LOOKS.items()]
     figure.legend(handles=marks, loc="outside upper center", ncols=len(marks), frameon=False)
     return figure
 
@@ -50,18 +56,14 @@ def _panel(ax: Axes, rows: pd.DataFrame) -> None:
             ax.text(0.5, row.place, row.verdict, transform=ax.get_yaxis_transform(), **_WORD)
             continue
         if not pd.isna(row.low):
-            ax.hlines(row.place, 100 * row.low, 100 * row.high, color=LOOKS[row.verdict][0], alpha=0.55, linewidth=2.5)
-        ax.plot(100 * row.estimate, row.place, **_look(row.verdict))
+            ax.hlines(
+                row.place, 100 * row.low, 100 * row.high, color=LOOKS[row.verdict]["color"], alpha=0.55, linewidth=2.5
+            )
+        ax.plot(100 * row.estimate, row.place, **MARKER, **LOOKS[row.verdict])
 
 
 _WORD = {"ha": "center", "va": "center", "fontsize": 7, "color": "0.3"}
 _WORD |= {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}
-
-
-def _look(verdict: str) -> dict[str, Any]:
-    colour, filled = LOOKS[verdict]
-    look = {"marker": "D" if verdict == study.SHOWN else "o", "markersize": 5, "linestyle": ""}
-    return look | {"color": colour, "markerfacecolor": colour if filled else "white"}
 
 
 def _label(question: str, scenario: str, about: str) -> str:
