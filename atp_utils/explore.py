@@ -17,6 +17,7 @@ from atp_utils import resolve
 from atp_utils.analysis.plots import STYLES
 from atp_utils.evolution import journal
 from atp_utils.evolution.protocol import Choice, Protocol, decide
+from atp_utils.evolution.record import Record
 from atp_utils.evolution.requests import Engine, Message
 from atp_utils.scenarios.role_play.episodes import Evolution, written_question
 from atp_utils.scenarios.role_play.items import Item
@@ -72,12 +73,12 @@ def recorded(results: str) -> widgets.Widget:
 
 
 @lru_cache(maxsize=4)
-def _run(folder: Path) -> tuple[pd.DataFrame, journal.Record]:
+def _run(folder: Path) -> tuple[pd.DataFrame, Record]:
     """Decisions and record of a run, read once: every choice of a reader comes by here."""
     return journal.read_table(folder), journal.record_of(folder)
 
 
-def decision_html(row: pd.Series, record: journal.Record) -> str:
+def decision_html(row: pd.Series, record: Record) -> str:
     """A decision of the table: its chat, the reply, and its numbers."""
     asked, reply = record.request(row["reply"]), record.replies[row["reply"]]
     said = reply.text or f'{{"choice": "{row["choice"]}"}}'

@@ -18,6 +18,7 @@ import pandas as pd
 
 from atp_utils import parameters, resolve, shown
 from atp_utils.evolution import decisions, journal, loop
+from atp_utils.evolution.record import Record, address
 from atp_utils.evolution.requests import Reply, Request
 from atp_utils.parameters import EVOLVE
 from atp_utils.scenarios.registry import SCENARIOS
@@ -35,7 +36,7 @@ class Replay:
     ``strange`` replies, digest -> key, were given to other chats.
     """
 
-    record: journal.Record
+    record: Record
     identity: str
     strange: dict[str, str] = field(default_factory=dict)
 
@@ -44,7 +45,7 @@ class Replay:
 
     def result(self, kind: str, asked: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What a tool printed then, as `Journal.result`; raises KeyError for code that didn't run."""
-        return self.record.results[journal.address(kind, asked)]
+        return self.record.results[address(kind, asked)]
 
     def find(self, request: Request, identity: str) -> Reply:
         """The reply to this chat, else that of the same decision behind another history, else an unreadable one."""

@@ -6,8 +6,8 @@ import pytest
 
 from atp_utils import explore, resolve
 from atp_utils.engines.scripted import ScriptedEngine
-from atp_utils.evolution import journal
 from atp_utils.evolution.parsing import answer_json
+from atp_utils.evolution.record import Record
 from atp_utils.scenarios.registry import SCENARIOS
 
 ITEMS = SCENARIOS["role_play"].read_items("test", "data")
@@ -77,7 +77,7 @@ def test_recorded_episodes_are_stepped_through():
 
 def test_what_a_model_wrote_is_no_markup():
     row = pd.Series({"reply": "r", "choice": "<b>x</b>", "deviated": True, "p_deviate": None})
-    record = journal.Record()
+    record = Record()
     for line in (b'{"message": "m", "before": "", "role": "user", "content": "<script>alert(1)</script>"}',
                  b'{"text": "<img src=x onerror=y>", "digest": "r", "key": "k", "seed": 1, "chat": "m"}'):  # fmt: skip
         record.add(line)

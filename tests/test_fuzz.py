@@ -6,7 +6,9 @@ Each case has a short form here and a long one in `make soak` (the hypothesis pr
 import json
 import lzma
 import random
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,8 @@ from atp_utils.analysis import page
 from atp_utils.engines import Servers, openai_wire
 from atp_utils.engines.openai_servers import MALFORMED
 from atp_utils.evolution import journal, parsing
-from atp_utils.evolution.requests import Reply, Request
+from atp_utils.evolution.record import Record, pack
+from atp_utils.evolution.requests import Reply, Request, Sampling
 from atp_utils.problems import answers
 from atp_utils.runs import adapters
 from atp_utils.scenarios.role_play.items import Item
@@ -205,7 +208,7 @@ def reads_a_server(told, folder):
             continue
         # What is taken is kept, and can be read again.
         line = json.dumps({**vars(reply), "digest": "d", "key": "k"}).encode()
-        record = journal.Record()
+        record = Record()
         record.add(line)
         assert isinstance(record.replies["d"], Reply)
 
@@ -225,19 +228,27 @@ def answered(told):
     return other.map(lambda it: {**it, "choices": [it.get(str(place)) for place in range(count)]})
 
 
-def _lines() -> list[bytes]:
-    with lzma.open(RECORD / journal.PACKED) as file:
-        kept = [line for line in file.read().splitlines() if b'"sampling"' in line or b'"message"' in line][:6]
-    return kept + [b'{"tool": "t", "kind": "k", "asked": "1", "result": {"status": "ok"}}']
+def _journal() -> tuple[list[bytes], bytes]:
+    """The lines of a journal, two rounds of the record and a tool's result, and the same packed."""
+    record = journal.read_record(RECORD / journal.PACKED)
+    with tempfile.TemporaryDirectory() as folder, journal.Journal(Path(folder)) as kept:
+        for digest in list(record.replies)[:2]:
+            asked = record.request(digest)
+            kept.put(replace(asked, options=(), sampling=Sampling()), "weights", record.replies[digest])
+        kept.result("k", "1", lambda: {"status": "ok"})
+        return kept.path.read_bytes().splitlines(), pack(kept.path, "weights")
 
 
-LINES = _lines()
+LINES, PACKED = _journal()
 LINE = st.sampled_from(LINES) | st.sampled_from(LINES).flatmap(lambda line: replaced(json.loads(line))).map(
     lambda entry: json.dumps(entry).encode()
 )
 LINE |= JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=30) | st.just(b"[" * 100_000)
 MANIFEST = json.loads((RECORD / "manifest.json").read_text())
-PACKED = lzma.compress(b"\n".join(LINES))
+SHORT = lzma.decompress(PACKED).splitlines()
+SHORT_LINE = st.sampled_from(SHORT) | st.sampled_from(SHORT).flatmap(lambda line: replaced(json.loads(line))).map(
+    lambda entry: json.dumps(entry).encode()
+)
 TABLE = (RECORD / journal.DECISIONS).read_bytes()
 
 
@@ -259,6 +270,10 @@ CASES = {
     "items": (edited(ITEMS.read_text().splitlines()[0]) | st.binary(max_size=40), reads_items),
     "journal": (st.lists(LINE, max_size=8), reads_a_journal),
     "packed journal": (damaged(PACKED), reads_a_packed_journal),
+    "packed journal's lines": (
+        st.lists(SHORT_LINE | LINE, max_size=8).map(lambda lines: lzma.compress(b"\n".join(lines) + b"\n")),
+        reads_a_packed_journal,
+    ),
     "manifest": (
         replaced(MANIFEST).map(lambda facts: json.dumps(facts).encode())
         | JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=30) | st.just(b"[" * 100_000),

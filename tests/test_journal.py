@@ -11,6 +11,7 @@ import pytest
 from atp_utils.evolution import journal
 from atp_utils.evolution.decisions import Decision, to_frame
 from atp_utils.evolution.journal import Journal
+from atp_utils.evolution.record import pack
 from atp_utils.evolution.requests import Reply, Request, Sampling
 
 CHAT = ({"role": "system", "content": "é"}, {"role": "user", "content": "? \ud800"})
@@ -50,6 +51,45 @@ def test_the_record_tells_what_was_asked_and_shared_beginnings_once(tmp_path):
     with Journal(tmp_path) as record:
         assert record.result("sandbox", "print(1)", pytest.fail) == result
         assert record.result("sandbox, 9 s", "print(1)", lambda: {"output": "2"}) == {"output": "2"}
+
+
+def test_a_packed_journal_is_read_as_it_was(tmp_path):
+    with Journal(tmp_path) as record:
+        digests = [put(record, request).digest for request in (REQUEST, OTHER)]
+        other = record.put(OTHER, "other weights", REPLY).digest
+        record.result("sandbox", "print(1)", lambda: {"output": "1\n"})
+    with record.path.open("a") as file:
+        file.write(json.dumps({"digest": "d", "key": "k", "text": "x"}) + "\n")  # of a run before requests were kept
+    packed = tmp_path / "published" / journal.PACKED
+    packed.parent.mkdir()
+    packed.write_bytes(pack(record.path, "weights"))
+    assert journal.read_record(packed) == journal.read_record(record.path)
+    text = lzma.decompress(packed.read_bytes())
+    # What follows from the rest isn't there; what doesn't is.
+    assert not any(digest.encode() in text for digest in digests) and other.encode() in text
+
+
+def test_a_packed_journal_whose_request_was_changed_has_no_such_reply(tmp_path):
+    with Journal(tmp_path) as record:
+        digest = put(record).digest
+    packed = tmp_path / journal.PACKED
+    content = lzma.decompress(pack(record.path, "weights"))
+    for old, new in ((b"weights", b"heights"), (b'"user"', b'"system"'), (b'"seed": 1', b'"seed": 2')):
+        assert old in content
+        packed.write_bytes(lzma.compress(content.replace(old, new)))
+        assert list(journal.read_record(packed).replies) not in ([], [digest])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"role": "user", "content": "?", "before": 1}', b'{"role": "user", "content": "?", "before": -1}',
+     b'{"key": "k", "seed": 1, "chat": 0, "text": ""}'],
+)  # fmt: skip
+def test_a_packed_line_that_points_nowhere_is_named(tmp_path, line):
+    packed = tmp_path / journal.PACKED
+    packed.write_bytes(lzma.compress(b"\n" + line + b"\n"))
+    with pytest.raises(ValueError, match="replies.jsonl.xz, line 2"):
+        journal.read_record(packed)
 
 
 def test_replies_recorded_without_their_requests_are_read(tmp_path):
@@ -96,6 +136,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path):
     code = f"""
 import resource, signal
 from atp_utils.evolution.journal import Journal
+from atp_utils.evolution.record import pack
 from atp_utils.evolution.requests import Reply, Request
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 record = Journal({str(tmp_path)!r})

@@ -21,7 +21,6 @@ import lzma
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,8 @@ from pydantic import BaseModel, ValidationError
 
 from atp_utils import shown
 from atp_utils.evolution import agreement
-from atp_utils.evolution.requests import Message, Reply, Request, Sampling
+from atp_utils.evolution.record import Record, Unpacking, address, place_of
+from atp_utils.evolution.requests import Message, Reply, Request
 from atp_utils.support import files, folders
 from atp_utils.support.manifest import MANIFEST, made_by, read_manifest
 
@@ -40,52 +40,6 @@ PACKED = f"{REPLIES}.xz"  # as it is published
 UNPACKING = 128 << 20  # bytes; what we pack takes 9 MB, and a file may ask for 4 GB
 # What a run is, in its table.
 RUN = ["scenario", "model", "condition", "arm", "training_seed"]
-ROLES = {"system", "user", "assistant"}
-_REQUEST = ("key", "seed", "options", "sampling", "chat")
-
-
-@dataclass
-class Record:
-    """The lines of a journal: ``replies`` by digest, what they were ``asked``, ``messages`` and tools' ``results``."""
-
-    replies: dict[str, Reply] = field(default_factory=dict)
-    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
-    messages: dict[str, tuple[str, Message]] = field(default_factory=dict)
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def request(self, digest: str) -> Request:
-        """The request that a reply answers; raises ValueError where the journal doesn't hold it whole."""
-        asked, chat = self.asked[digest], []
-        if "chat" not in asked:
-            raise ValueError(f"the reply {digest} was recorded without its request")
-        try:
-            place = asked["chat"]
-            while place:
-                place, message = self.messages[place]
-                chat.append(message)
-                if len(chat) > len(self.messages):
-                    raise ValueError("a message stands before itself")
-            sampling = Sampling(**asked["sampling"]) if "sampling" in asked else Sampling()
-            options = tuple(asked.get("options", ()))
-            return Request(asked["key"], tuple(chat[::-1]), asked["seed"], options, sampling)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"the request of the reply {digest} isn't whole: {error}") from None
-
-    def add(self, line: bytes) -> None:
-        """Take in a line of JSON; raises KeyError, TypeError or ValueError for one that is no journal's."""
-        entry = json.loads(line.decode("utf-8", "surrogatepass"))
-        if "message" in entry:
-            if entry["role"] not in ROLES or not isinstance(entry["content"], str):
-                raise ValueError("a message needs a known role and a text")
-            self.messages[entry["message"]] = entry["before"], {name: entry[name] for name in ("role", "content")}
-        elif "tool" in entry:
-            self.results[entry["tool"]] = dict(entry["result"])
-        else:
-            digest = entry["digest"]
-            self.asked[digest] = {name: entry.pop(name) for name in _REQUEST if name in entry}
-            if entry.get("logprobs") is not None:
-                entry["logprobs"] = tuple(entry["logprobs"])
-            self.replies[digest] = Reply(**entry)
 
 
 def read_record(path: Path, *, repair: bool = False) -> Record:
@@ -94,24 +48,20 @@ def read_record(path: Path, *, repair: bool = False) -> Record:
     Raises ValueError with the number of a line that is damaged, and leaves the file as it is then, or naming a packed
     one that can't be unpacked.
     """
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".xz":
+    content, record = path.read_bytes(), Record()
+    add = record.add
+    if path.suffix == ".xz":
+        add = Unpacking(record).add
+        try:
             content = lzma.decompress(content, memlimit=UNPACKING)
-    except lzma.LZMAError as error:
-        raise ValueError(f"{shown(path)} is damaged: {error}") from None
+        except lzma.LZMAError as error:
+            raise ValueError(f"{shown(path)} is damaged: {error}") from None
     whole = content.rfind(b"\n") + 1
-    record = Record()
-    for _ in files.each_line(path, content[:whole], record.add):
+    for _ in files.each_line(path, content[:whole], add):
         pass
     if repair and whole < len(content):
         os.truncate(path, whole)
     return record
-
-
-def address(kind: str, asked: str) -> str:
-    """The journal's key of what a tool was asked."""
-    return hashlib.sha256(f"{kind}\n{asked}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 class Journal:
@@ -177,8 +127,7 @@ class Journal:
         place, lines = "", []
         for message in messages:
             told = {"role": message["role"], "content": message["content"]}
-            text = json.dumps([place, *told.values()]).encode()
-            before, place = place, hashlib.sha256(text).hexdigest()[:32]
+            before, place = place, place_of(place, **told)
             if place not in self.record.messages:
                 lines.append({"message": place, "before": before, **told})
         return place, lines

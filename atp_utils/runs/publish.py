@@ -5,13 +5,13 @@ prompts, training logs and manifests are copied; no weights: small adapters go t
 """
 
 import argparse
-import lzma
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from atp_utils import resolve, shown
-from atp_utils.evolution.journal import DECISIONS, PACKED, REPLIES
+from atp_utils.evolution.journal import DECISIONS, PACKED, REPLIES, facts_of
+from atp_utils.evolution.record import pack
 from atp_utils.runs import adapters
 from atp_utils.runs.adapters import LOG
 from atp_utils.support import files, folders
@@ -37,9 +37,10 @@ def publish(run: Path, target: Path, overwrite: bool = False) -> list[Path]:
                 "publish to another folder, or let it be set aside (--overwrite)"
             )
         for name, source in sources.items():
-            content = source.read_bytes()
+            packed = source.name == REPLIES
+            content = pack(source, facts_of(source.parent).identity) if packed else source.read_bytes()
             with files.replacing(built / name) as copy:
-                copy.write_bytes(lzma.compress(content) if source.name == REPLIES else content)
+                copy.write_bytes(content)
     return list(sources)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -102,9 +104,16 @@ def read_jsonl(path: Path, model: type[Model]) -> list[Model]:
 
 
 def write_parquet(path: Path, frame: pd.DataFrame) -> None:
-    """Write a table as parquet, whole or not at all."""
-    with replacing(path) as temporary:
-        frame.to_parquet(temporary, index=False, compression="zstd")
+    """Write a table as parquet, whole or not at all.
+
+    Arrow's own copy of the schema and statistics that nobody asks for would be half of a small table; what pandas
+    notes of its types stays.
+    """
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    lean = {"compression": "zstd", "store_schema": False, "write_statistics": False}
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, table.schema, **lean) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata(table.schema.metadata)
 
 
 def as_folder(name: str) -> str:
