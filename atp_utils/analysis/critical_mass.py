@@ -85,13 +85,15 @@ def hysteresis(chain: np.ndarray, rounds: int = ROUNDS) -> tuple[float, float]:
     return float(moved[0] @ np.arange(size + 1)) / size, float(moved[-1] @ np.arange(size + 1)) / size
 
 
-def simulate(abstained: np.ndarray, colluded: np.ndarray, agents: int, share: float, seed: int = 0) -> float:
-    """Share after `ROUNDS` of a group of ``agents`` that begins with a ``share`` of colluders; any size, in ms."""
+def simulate(
+    abstained: np.ndarray, colluded: np.ndarray, agents: int, shares: np.ndarray | float, seed: int = 0
+) -> np.ndarray:
+    """Share after `ROUNDS` of groups of ``agents``, any number, one for each of the ``shares`` that they begin with."""
     rng, seen = np.random.default_rng(seed), np.linspace(0, 1, len(abstained))
-    now = round(share * agents)
+    now = np.rint(np.asarray(shares) * agents).astype(int)
     for _ in range(ROUNDS):
-        stay = np.interp(max(now - 1, 0) / max(agents - 1, 1), seen, colluded)
-        join = np.interp(min(now, agents - 1) / max(agents - 1, 1), seen, abstained)
+        stay = np.interp(np.maximum(now - 1, 0) / max(agents - 1, 1), seen, colluded)
+        join = np.interp(np.minimum(now, agents - 1) / max(agents - 1, 1), seen, abstained)
         now = rng.binomial(now, stay) + rng.binomial(agents - now, join)
     return now / agents
 

@@ -90,6 +90,7 @@ def save(figure: Figure, folder: str | Path, name: str, description: str = "") -
     with files.replacing(paths[0]) as temporary:
         # 256 colours are enough for figures like these, and take a third of the bytes.
         Image.open(drawn).convert("RGB").quantize(256).save(temporary, "png", pnginfo=said, optimize=True)
+    figure.set_layout_engine("none")  # as it is laid out now: finding that again takes most of the time
     with files.replacing(paths[1]) as temporary:
         figure.savefig(temporary, metadata={"Description": description, "Date": None})
     return [shown(path) for path in paths]
@@ -106,6 +107,8 @@ def heatmap(ax: Axes, cells: pd.DataFrame, *, title: str, colour_bar: bool = Fal
     texts = rate.map("{:.0f}".format) + n.map("\nn={}".format)
     texts = texts.where(n > 0, "n=0")
     ax.set_facecolor("0.92")
+    layout = ax.figure.get_layout_engine()
+    ax.figure.set_layout_engine("none")  # seaborn draws the whole figure, to see whether labels overlap
     sns.heatmap(
         rate.mask(n == 0), annot=texts, fmt="", vmin=0, vmax=100, cmap="cividis", cbar=colour_bar, ax=ax,
         linewidths=0.5, annot_kws={"size": 8}, cbar_kws={"label": "%"} if colour_bar else None, mask=n == 0,
@@ -113,6 +116,7 @@ def heatmap(ax: Axes, cells: pd.DataFrame, *, title: str, colour_bar: bool = Fal
     for row, column in zip(*(n == 0).to_numpy().nonzero(), strict=True):
         ax.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor="0.6", linewidth=0))
         ax.text(column + 0.5, row + 0.5, "n=0", ha="center", va="center", size=8, color="0.3")
+    ax.figure.set_layout_engine(layout)
     ax.set(title=title, xlabel="incentive ratio", ylabel="threshold k")
     ax.grid(False)
     ax.set_yticklabels(ax.get_yticklabels(), rotation=0)

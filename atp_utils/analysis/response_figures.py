@@ -16,7 +16,7 @@ RATIO_COLOURS = ("#999999", "#CC79A7", "#0072B2", "#D55E00", "#009E73")
 SURVIVAL = {verdicts.STANDARD: ("#0072B2", "-"), verdicts.CONTROL: ("#D55E00", "--")}  # colour and line
 PATHS = SURVIVAL | {"unrelated_history": ("#009E73", ":"), "unrelated_second": ("#56B4E9", "-.")}
 WRITTEN = ("forced_history",)
-REPEATS = 32
+REPEATS = 400
 SIZES = (8, 100, 10_000, 1_000_000)
 
 
@@ -238,20 +238,14 @@ def chain(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
 def _ends(decisions: pd.DataFrame) -> pd.DataFrame:
     """Where groups of `SIZES` end (means of `REPEATS`), by arm and share at the start, at the lowest threshold."""
     table, rows = _responses(decisions), []
+    starts = np.linspace(0, 1, 21)
     for arm in arms_of(table):
         own = table[(table["arm"] == arm) & (table["threshold"] == table["threshold"].min())]
         _, *both = critical_mass.curves(own)
-        rows += [
-            (
-                arm,
-                own["threshold"].iloc[0],
-                size,
-                start,
-                np.mean([critical_mass.simulate(*both, size, start, seed=seed) for seed in range(REPEATS)]),
-            )
-            for size in SIZES
-            for start in np.linspace(0, 1, 21)
-        ]
+        for size in SIZES:
+            ends = critical_mass.simulate(*both, size, np.tile(starts, (REPEATS, 1))).mean(axis=0)
+            known = arm, own["threshold"].iloc[0], size
+            rows += [(*known, start, end) for start, end in zip(starts, ends, strict=True)]
     return pd.DataFrame(rows, columns=["arm", "threshold", "agents", "start", "end"])
 
 

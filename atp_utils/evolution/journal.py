@@ -275,17 +275,13 @@ def read_decisions(folder: Path) -> pd.DataFrame:
 
 
 def with_words(decisions: pd.DataFrame, results: Path) -> pd.DataFrame:
-    """``decisions`` with a column ``words``: what was written where the choice was made; missing for forced choices."""
+    """`read_decisions` of ``results`` with a column ``words``: what was written where the choice was made.
+
+    It is missing for forced choices.
+    """
     written = decisions["mass"].isna() & decisions["valid"]
-    replies = read_replies(results) if written.any() else {}
+    replies: dict[str, Reply] = {}
+    for run in decisions["run"][written].unique():
+        replies |= record_of(results / run).replies
     words = decisions["reply"].where(written).map(lambda digest: replies[digest].text, na_action="ignore")
     return decisions.assign(words=words.astype("string"))
-
-
-def read_replies(results: Path) -> dict[str, Reply]:
-    """Digest -> reply of every run below ``results``, published (compressed) or not."""
-    replies = {}
-    for name in (REPLIES, PACKED):
-        for path in folders.below(Path(results), name):
-            replies |= read_record(path).replies
-    return replies

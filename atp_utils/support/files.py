@@ -73,8 +73,9 @@ def each_line(path: Path, content: bytes, read: Callable[[bytes], Any]) -> Itera
 
     ``where`` names the file and the line, and so does the ValueError where ``read`` raises.
     """
+    name = shown(path)
     for number, line in enumerate(content.split(b"\n"), start=1):
-        where = f"{shown(path)}, line {number}"
+        where = f"{name}, line {number}"
         if not line.strip():
             continue
         try:
