@@ -88,6 +88,11 @@ def turns_from_its_last(seen):
     return -1.6 if not seen.own else -0.7 if seen.own[-1][0] else 0.3
 
 
+def all_but_never(seen):
+    """Complies in all but one of thousands of cases, one of fewer once it has complied where deviating pays more."""
+    return -9.0 - (0.5 if seen.own and seen.promised > 0 else 0.0)
+
+
 def follows_majority(seen):
     return -1.0 if seen.others is None else 1.2 * (seen.others - 3.5)
 

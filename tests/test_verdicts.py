@@ -50,6 +50,15 @@ def test_a_contrast_that_a_first_round_makes_shows_where_it_is(tmp_path):
     assert tables.contrast(decisions)["apart in round 1"].iloc[0].startswith("-")
 
 
+def test_a_contrast_too_small_to_matter_shows_its_size(tmp_path):
+    # The rule has no least size: what differs alike in all environments gets its verdict, if by a hundredth of a point.
+    decisions = both(agents.all_but_never, tmp_path)
+    [row] = verdicts.contrast(decisions).itertuples()
+    assert row.verdict == "turns against payoff" and -0.0005 < row.low < row.high < 0
+    shown = tables.contrast(decisions)["contrast [95 %]"].iloc[0]
+    assert shown == f"{100 * row.contrast:.3f} [{100 * row.low:.3f}, {100 * row.high:.3f}]" and row.high < -0.000005
+
+
 def test_payoffs_turned_over_turn_the_verdict_over(tmp_path):
     # What learns from payoff learns to comply where compliance pays more: a run of that in the standard one's place.
     decisions = both(agents.follows_payoff, tmp_path)

@@ -228,15 +228,21 @@ def levels(changes: pd.Series) -> list[pd.Index]:
 
 
 def percent(rate: float, low: float | None = None, high: float | None = None) -> str:
-    """``42.2`` or ``42.2 [33.1, 51.6]`` from fractions, without a sign at 0; an en dash where there is no value."""
+    """``42.2`` or ``42.2 [33.1, 51.6]`` from fractions, without a sign at 0; an en dash where there is no value.
+
+    An interval that would be ``0.0 [0.0, 0.0]`` has thousandths: it may be one that leaves 0 out.
+    """
     if pd.isna(rate):
         return "–"
-    return f"{100 * rate:z.1f}{'' if low is None else ends(low, high)}"
+    if low is None or pd.isna(low):
+        return f"{100 * rate:z.1f}"
+    places = 3 if 0 < max(abs(rate), abs(low), abs(high)) < 0.0005 else 1
+    return f"{100 * rate:z.{places}f}{ends(low, high, places)}"
 
 
-def ends(low: float, high: float) -> str:
+def ends(low: float, high: float, places: int = 1) -> str:
     """An interval as it stands behind its estimate, from fractions: `` [33.1, 51.6]``; "" where there is none."""
-    return "" if pd.isna(low) else f" [{100 * low:z.1f}, {100 * high:z.1f}]"
+    return "" if pd.isna(low) else f" [{100 * low:z.{places}f}, {100 * high:z.{places}f}]"
 
 
 def cells(table: pd.DataFrame, *columns: str, shown: Callable[..., str] = percent) -> pd.Series:
