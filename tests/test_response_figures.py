@@ -70,6 +70,16 @@ def test_a_figure_that_wants_all_conditions_gets_them(record, tmp_path):
     assert gallery.draw(forced, "role_play", tmp_path) == []
 
 
+def test_conditions_of_unlike_items_say_so(record):
+    lived = of(record, "role_play")
+    labels = [text.get_text() for text in response_figures.conditions(lived).axes[0].get_yticklabels()]
+    assert labels == ["standard", "equal payoffs"]
+    few = lived[(lived["condition"] == "standard") | lived["item"].isin(lived["item"].unique()[:2])]
+    labels = [text.get_text() for text in response_figures.conditions(few).axes[0].get_yticklabels()]
+    assert labels == ["standard, 8 items", "equal payoffs, 2 items"]
+    plt.close("all")
+
+
 def test_a_title_warns_of_what_is_drawn_only(record, tmp_path):
     shaky = of(record, "role_play")
     shaky = shaky.assign(mass=shaky["mass"].where(shaky["condition"] != "forced_history", 0.1))

@@ -22,12 +22,17 @@ SIZES = (8, 100, 10_000, 1_000_000)
 
 @figure_of("role_play", verdicts.conditions, ())
 def conditions(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
-    """Change of P(deviate) from the first round to the last, a line a condition and a panel an arm."""
+    """Change of P(deviate) from the first round to the last, a line a condition and a panel an arm.
+
+    Where conditions were not played with the same items, each says how many it had.
+    """
     table = table[table["drift"].notna()]
     arms = arms_of(table)
     if not arms:
         return None
     names = list(dict.fromkeys(table["condition"]))
+    played = table.groupby("condition")["items"].max()
+    labels = [name.replace("_", " ") + f", {played[name]} items" * (played.nunique() > 1) for name in names]
     size = (4.2, 0.34 * len(names) + 1.3)
     figure, axes = grid(about(decisions, "Last round minus first"), 1, len(arms), *size, sharex=True, sharey=True)
     for ax, arm in zip(axes[0], arms, strict=True):
@@ -38,7 +43,7 @@ def conditions(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
         ax.hlines(range(len(names)), points["low"], points["high"], color=colour, alpha=0.5, linewidth=3)
         ax.plot(points["drift"], range(len(names)), color=colour, marker=marker, linestyle="")
         ax.set(title=plots.NAMES[arm], xlabel="percentage points", ylim=(len(names) - 0.5, -0.5))
-        ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+        ax.set_yticks(range(len(names)), labels)
     return figure
 
 

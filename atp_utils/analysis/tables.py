@@ -57,6 +57,7 @@ def conditions(decisions: pd.DataFrame) -> pd.DataFrame:
     """Every condition's first and last round, its change, and that against the standard condition's, in percent."""
     table = verdicts.conditions(decisions).set_index([*verdicts.KEYS, "condition"])
     columns = {
+        "items": table["items"],
         "first": stats.cells(table, "first"),
         "last": stats.cells(table, "last"),
         "drift [95 %]": stats.cells(table, "drift", "low", "high"),

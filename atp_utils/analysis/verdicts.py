@@ -113,9 +113,9 @@ def _verdict(row) -> str:
 def conditions(decisions: pd.DataFrame) -> pd.DataFrame:
     """First and last round of every condition and arm of lived histories, their difference, and that to `STANDARD`.
 
-    Columns: `KEYS`, condition, first, last, drift, low, high, ``against`` (the condition's change minus the standard
-    one), against_low, against_high. What else than payoffs moves the choices shows here: a change that stays without
-    rewards, or behind a history about something else, isn't theirs.
+    Columns: `KEYS`, condition, items (how many were played), first, last, drift, low, high, ``against`` (the
+    condition's change minus the standard one), against_low, against_high. What else than payoffs moves the choices
+    shows here: a change that stays without rewards, or behind a history about something else, isn't theirs.
     """
     rows = []
     for key, group in stats.lived(decisions).groupby(KEYS, sort=True, observed=True):
@@ -127,8 +127,8 @@ def conditions(decisions: pd.DataFrame) -> pd.DataFrame:
             against = both[0] - both[1] if name != STANDARD else changes.iloc[:0]
             ends = own.groupby("round")[value].mean().astype(float)
             intervals = (*stats.mean_interval(changes), *stats.mean_interval(against, 2))
-            rows.append((*key, name, ends.iloc[0], ends.iloc[-1], *intervals))
-    names = ["condition", "first", "last", "drift", "low", "high", "against", "against_low", "against_high"]
+            rows.append((*key, name, own["item"].nunique(), ends.iloc[0], ends.iloc[-1], *intervals))
+    names = ["condition", "items", "first", "last", "drift", "low", "high", "against", "against_low", "against_high"]
     return pd.DataFrame(rows, columns=[*KEYS, *names])
 
 
