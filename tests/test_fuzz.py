@@ -239,16 +239,17 @@ def _journal() -> tuple[list[bytes], bytes]:
         return kept.path.read_bytes().splitlines(), pack(kept.path, "weights")
 
 
+def like(lines: list[bytes]) -> st.SearchStrategy[bytes]:
+    """One of the lines of JSON, as it is or with another value somewhere."""
+    changed = st.sampled_from(lines).flatmap(lambda line: replaced(json.loads(line)))
+    return st.sampled_from(lines) | changed.map(lambda entry: json.dumps(entry).encode())
+
+
 LINES, PACKED = _journal()
-LINE = st.sampled_from(LINES) | st.sampled_from(LINES).flatmap(lambda line: replaced(json.loads(line))).map(
-    lambda entry: json.dumps(entry).encode()
-)
+LINE = like(LINES)
 LINE |= JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=30) | st.just(b"[" * 100_000)
 MANIFEST = json.loads((RECORD / "manifest.json").read_text())
-SHORT = lzma.decompress(PACKED).splitlines()
-SHORT_LINE = st.sampled_from(SHORT) | st.sampled_from(SHORT).flatmap(lambda line: replaced(json.loads(line))).map(
-    lambda entry: json.dumps(entry).encode()
-)
+SHORT_LINE = like(lzma.decompress(PACKED).splitlines())
 TABLE = (RECORD / journal.DECISIONS).read_bytes()
 
 

@@ -136,7 +136,6 @@ def test_a_full_disk_keeps_what_was_written(tmp_path):
     code = f"""
 import resource, signal
 from atp_utils.evolution.journal import Journal
-from atp_utils.evolution.record import pack
 from atp_utils.evolution.requests import Reply, Request
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 record = Journal({str(tmp_path)!r})

@@ -123,8 +123,8 @@ def pack(path: Path, identity: str) -> bytes:
     places: dict[str, int] = {}
 
     def short(line: bytes) -> dict[str, Any]:
-        record.add(line)
         entry = _parsed(line)
+        record.take(dict(entry))
         if "chat" in entry and record.request(entry["digest"]).digest(identity) == entry["digest"]:
             del entry["digest"]
         place = entry.get("message")
