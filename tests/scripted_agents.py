@@ -6,7 +6,7 @@ log-odds from what the chat tells; environments differ a little, as they do for 
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from scipy.special import expit
 
@@ -31,25 +31,29 @@ class Seen:
     others: int | None = None
     promised: float = 0.0
     turns: int = 0
+    named_first: list[bool] = field(default_factory=list)
 
 
 def read(request, deviant):
     """What the chat of a request tells an agent of an item whose deviant option is known."""
     names = [json.loads(option)["choice"] for option in request.options]
-    said = [(m["content"], after["content"]) for m, after in zip(request.messages, request.messages[1:], strict=False)
+    messages = request.messages
+    said = [(before["content"], m["content"], after["content"])
+            for before, m, after in zip(messages, messages[1:], messages[2:], strict=False)
             if m["role"] == "assistant"]  # fmt: skip
-    own, others = [], None
-    for answer, heard in said:
+    own, places, others = [], [], None
+    for question, answer, heard in said:
         earned = re.search(r"You earned (\d+)", heard)
         chosen = json.loads(answer)["choice"]
         if chosen in names:
             own.append((chosen == deviant, float(earned[1]) if earned else None))
+            places.append(chosen == min(names, key=lambda name: question.rfind(f'"{name}"')))
         if counted := re.search(rf"(\d+) chose {deviant}", heard):
             others = int(counted[1]) - (chosen == deviant)
-    asked = next(message["content"] for message in request.messages if message["role"] == "user")
+    asked = next(message["content"] for message in messages if message["role"] == "user")
     pays = {name: float(pay) for name, pay in re.findall(r"^- (\w+): .* earns you (\d+)", asked, re.MULTILINE)}
     promised = sum(pay if name == deviant else -pay for name, pay in pays.items()) if deviant in pays else 0.0
-    return Seen(names[0] == deviant, own, others, promised, len(said))
+    return Seen(names[0] == deviant, own, others, promised, len(said), places)
 
 
 def never(seen):
@@ -86,6 +90,12 @@ def aligned_without_a_past(seen):
 def turns_from_its_last(seen):
     """Mostly complies at first, and then tends to give another answer than its last one."""
     return -1.6 if not seen.own else -0.7 if seen.own[-1][0] else 0.3
+
+
+def copies_its_place(seen):
+    """Keeps to the rule unless breaking it is named first, and answers where its last answer stood, whatever it was."""
+    pull = 3.0 + sum(1.2 if first else -1.2 for first in seen.named_first[-1:])
+    return -3.0 + (pull if seen.first else -pull)
 
 
 def all_but_never(seen):

@@ -42,6 +42,21 @@ def test_each_habit_gets_its_verdicts(habit, expected, tmp_path):
     assert found == {question: {verdict} for question, verdict in expected.items()}
 
 
+def test_an_agent_that_copies_places_is_not_said_to_copy_choices(tmp_path):
+    ways = WRITTEN | {"items": 16, "forced_rounds": 3}
+    decisions = agents.evolve("role_play", agents.copies_its_place, tmp_path, **ways)
+    [row] = study.answers(decisions).query("question == 'copying'").itertuples()
+    # What it does in an environment is large, and turns with the places of that one's written rounds: half have either.
+    last = decisions[(decisions["round"] == 4) & (decisions["payoff_ratio"] == 1)]
+    by = {
+        name: last[last[name] == 0].groupby("environment")["p_deviate"].mean()
+        for name in ("past_compliant", "past_deviant")
+    }
+    moved = (by["past_compliant"] - by["past_deviant"]).astype(float)
+    assert ((moved > 0.1).sum(), (moved < -0.1).sum()) == (8, 8)
+    assert row.estimate == pytest.approx(0, abs=0.02) and row.verdict == "undecided"
+
+
 def test_a_training_that_holds_without_a_past_erodes_and_payoffs_have_no_part_in_it(tmp_path):
     arms = {"base": lambda seen: 0.0, "dpo": agents.aligned_without_a_past}
     parts = [part.assign(arm=arm) for arm, habit in arms.items() for part in lived(habit, tmp_path / arm)]
