@@ -47,12 +47,7 @@ def test_an_agent_that_copies_places_is_not_said_to_copy_choices(tmp_path):
     decisions = agents.evolve("role_play", agents.copies_its_place, tmp_path, **ways)
     [row] = study.answers(decisions).query("question == 'copying'").itertuples()
     # What it does in an environment is large, and turns with the places of that one's written rounds: half have either.
-    last = decisions[(decisions["round"] == 4) & (decisions["payoff_ratio"] == 1)]
-    by = {
-        name: last[last[name] == 0].groupby("environment")["p_deviate"].mean()
-        for name in ("past_compliant", "past_deviant")
-    }
-    moved = (by["past_compliant"] - by["past_deviant"]).astype(float)
+    [(*_, moved)] = study.copying(decisions)
     assert ((moved > 0.1).sum(), (moved < -0.1).sum()) == (8, 8)
     assert row.estimate == pytest.approx(0, abs=0.02) and row.verdict == "undecided"
 
