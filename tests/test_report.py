@@ -39,13 +39,17 @@ def test_a_report_on_one_arm_of_one_scenario(tmp_path):
 
 
 def test_costs_say_which_runs_tell_no_time(tmp_path):
-    parts = {"standard/base": 90, "standard/dpo-0": 30, "caught/base": None}
-    for name, seconds in parts.items():
+    parts = {
+        "standard/base": {"seconds": 90, "processor": "Xeon"},
+        "standard/dpo-0": {"seconds": 30, "processor": "EPYC"},
+        "caught/base": {},
+    }
+    for name, told in parts.items():
         run = tmp_path / "quick/evolution/role_play/m" / name
         run.mkdir(parents=True)
         pd.DataFrame({"x": [1]}).to_parquet(run / "decisions.parquet")
-        facts = {"settings": {"model": "m"}, "counts": {"decisions": 10}} | ({"seconds": seconds} if seconds else {})
-        (run / "manifest.json").write_text(json.dumps(facts))
+        facts = {"settings": {"model": "m"}, "counts": {"decisions": 10}}
+        (run / "manifest.json").write_text(json.dumps(facts | told))
     [(key, row)] = report.costs(tmp_path).iterrows()
     assert key == ("`make reproduce PROFILE=quick MODEL=m`", "role_play")
-    assert row.tolist() == [3, 30, 2, 2.0]
+    assert row.tolist() == [3, 30, 2, 2.0, "EPYC, Xeon"]

@@ -70,19 +70,24 @@ def report(run: Path) -> str:
 
 
 def costs(results: Path) -> pd.DataFrame:
-    """What made the published runs: a row a command and scenario; runs, decisions, and minutes of those that tell them.
+    """What made the published runs, a row a command and scenario: runs, decisions, minutes, and on which processors.
 
-    ``results`` has a folder a profile, as `runs.publish` writes them.
+    ``results`` has a folder a profile, as `runs.publish` writes them; minutes are of the runs that tell their time.
     """
     rows = []
     for run in journal.complete_runs(results):
         facts = read_manifest(run)
         profile, _, scenario = run.relative_to(results).parts[:3]
         command = f"`make reproduce PROFILE={profile} MODEL={facts['settings']['model']}`"
-        rows.append((command, scenario, facts["counts"]["decisions"], facts.get("seconds", float("nan"))))
-    table = pd.DataFrame(rows, columns=["command", "scenario", "decisions", "seconds"]).groupby(["command", "scenario"])
+        seconds, processor = facts.get("seconds", float("nan")), facts.get("processor")
+        rows.append((command, scenario, facts["counts"]["decisions"], seconds, processor))
+    columns = ["command", "scenario", "decisions", "seconds", "processor"]
+    table = pd.DataFrame(rows, columns=columns).groupby(["command", "scenario"])
     made = table.agg(runs=("seconds", "size"), decisions=("decisions", "sum"), timed=("seconds", "count"))
-    return made.assign(minutes=table["seconds"].sum().div(60).round(1).where(made["timed"] > 0))
+    return made.assign(
+        minutes=table["seconds"].sum().div(60).round(1).where(made["timed"] > 0),
+        processor=table["processor"].agg(lambda names: ", ".join(sorted(names.dropna().unique())) or "–"),
+    )
 
 
 def readme_tables(results: Path) -> dict[str, str]:
