@@ -162,6 +162,7 @@ def test_percent_texts():
     assert stats.percent(-0.0001, -0.0002, 0.1) == "0.0 [0.0, 10.0]"
     assert stats.percent(0.5, 0.25, 0.75) == "50.0 [25.0, 75.0]"
     assert stats.percent(-0.000133, -0.000178, -0.000088) == "-0.013 [-0.018, -0.009]"
+    assert stats.percent(6.8e-7, -1.6e-7, 1.2e-6) == "7e-05 [-2e-05, 1e-04]"
     assert stats.percent(0.0, 0.0, 0.0) == "0.0 [0.0, 0.0]"
     assert stats.percent(float("nan"), 0, 1) == "–"
     assert stats.percent(0.5, float("nan"), float("nan")) == "50.0"

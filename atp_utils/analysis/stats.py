@@ -230,19 +230,21 @@ def levels(changes: pd.Series) -> list[pd.Index]:
 def percent(rate: float, low: float | None = None, high: float | None = None) -> str:
     """``42.2`` or ``42.2 [33.1, 51.6]`` from fractions, without a sign at 0; an en dash where there is no value.
 
-    An interval that would be ``0.0 [0.0, 0.0]`` has thousandths: it may be one that leaves 0 out.
+    An interval that would be ``0.0 [0.0, 0.0]`` has thousandths, and one that would be ``0.000 [0.000, 0.000]`` powers
+    of ten: it may be one that leaves 0 out.
     """
     if pd.isna(rate):
         return "–"
     if low is None or pd.isna(low):
         return f"{100 * rate:z.1f}"
-    places = 3 if 0 < max(abs(rate), abs(low), abs(high)) < 0.0005 else 1
-    return f"{100 * rate:z.{places}f}{ends(low, high, places)}"
+    most = max(abs(rate), abs(low), abs(high))
+    form = "z.1f" if most == 0 or most >= 5e-4 else "z.3f" if most >= 5e-6 else ".0e"
+    return f"{100 * rate:{form}}{ends(low, high, form)}"
 
 
-def ends(low: float, high: float, places: int = 1) -> str:
+def ends(low: float, high: float, form: str = "z.1f") -> str:
     """An interval as it stands behind its estimate, from fractions: `` [33.1, 51.6]``; "" where there is none."""
-    return "" if pd.isna(low) else f" [{100 * low:z.{places}f}, {100 * high:z.{places}f}]"
+    return "" if pd.isna(low) else f" [{100 * low:{form}}, {100 * high:{form}}]"
 
 
 def cells(table: pd.DataFrame, *columns: str, shown: Callable[..., str] = percent) -> pd.Series:
