@@ -103,6 +103,11 @@ def all_but_never(seen):
     return -9.0 - (0.5 if seen.own and seen.promised > 0 else 0.0)
 
 
+def relapses_after_two(seen):
+    """Never begins to break the rule; has it once broken it twice in a row, it goes on."""
+    return 3.0 if [deviant for deviant, _ in seen.own[-2:]] == [True, True] else -12.0
+
+
 def follows_majority(seen):
     return -1.0 if seen.others is None else 1.2 * (seen.others - 3.5)
 

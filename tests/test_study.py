@@ -32,6 +32,7 @@ def verdicts_of(decisions, question):
         (agents.copies_itself, {"payoff": "not shown", "copying": "shown", "dose": "not shown"}),
         (agents.follows_payoff, {"payoff": "shown", "copying": "not shown", "position": "not shown"}),
         (agents.turns_from_its_last, {"payoff": "not shown", "copying": "not shown"}),
+        (agents.relapses_after_two, {"payoff": "not shown", "copying": "shown", "dose": "not shown"}),
         (agents.aligned_without_a_past, {"payoff": "not shown", "copying": "not shown", "format": "shown"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
