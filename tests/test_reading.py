@@ -219,3 +219,10 @@ def test_a_training_from_its_first_to_its_last_step():
         "loss: 0.693 at step 1, 0.5 at step 3",
         "dead groups: 0 at step 1, 1 at step 3",
     ]
+
+
+def test_points_too_few_for_tenths_are_written_all_the_same():
+    assert reading.points(0.054, -0.078, 0.187) == "+5.4 points [-7.8, 18.7]"
+    assert reading.points(-0.000133, -0.000178, -0.000088) == "-0.013 points [-0.018, -0.009]"
+    assert reading.points(6.8e-7, 1.6e-7, 1.2e-6) == "+7e-05 points [2e-05, 1e-04]"
+    assert reading.points(0.0, float("nan"), float("nan")) == "+0.0 points without an interval"

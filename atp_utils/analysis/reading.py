@@ -86,7 +86,8 @@ def points(value: float, low: float, high: float) -> str:
     """``+5.4 points [-7.8, 18.7]``, from fractions; without an interval it is said that there is none."""
     if pd.isna(value):
         return "no estimate"
-    return f"{100 * value:+z.1f} points{stats.ends(low, high) or ' without an interval'}"
+    form = stats.form_of(value, low, high)
+    return f"{100 * value:+{form}} points{stats.ends(low, high, form) or ' without an interval'}"
 
 
 def placed(value: float, low: float, high: float) -> str:

@@ -228,18 +228,23 @@ def levels(changes: pd.Series) -> list[pd.Index]:
 
 
 def percent(rate: float, low: float | None = None, high: float | None = None) -> str:
-    """``42.2`` or ``42.2 [33.1, 51.6]`` from fractions, without a sign at 0; an en dash where there is no value.
-
-    An interval that would be ``0.0 [0.0, 0.0]`` has thousandths, and one that would be ``0.000 [0.000, 0.000]`` powers
-    of ten: it may be one that leaves 0 out.
-    """
+    """``42.2`` or ``42.2 [33.1, 51.6]`` from fractions, without a sign at 0; an en dash where there is no value."""
     if pd.isna(rate):
         return "–"
     if low is None or pd.isna(low):
         return f"{100 * rate:z.1f}"
-    most = max(abs(rate), abs(low), abs(high))
-    form = "z.1f" if most == 0 or most >= 5e-4 else "z.3f" if most >= 5e-6 else ".0e"
+    form = form_of(rate, low, high)
     return f"{100 * rate:{form}}{ends(low, high, form)}"
+
+
+def form_of(rate: float, low: float, high: float) -> str:
+    """How an estimate and its interval are written, as percents: with tenths.
+
+    What would be ``0.0 [0.0, 0.0]`` has thousandths, and what would be ``0.000 [0.000, 0.000]`` powers of ten: it may
+    leave 0 out.
+    """
+    most = max(abs(rate), abs(low), abs(high))
+    return "z.3f" if 5e-6 <= most < 5e-4 else ".0e" if 0 < most < 5e-6 else "z.1f"
 
 
 def ends(low: float, high: float, form: str = "z.1f") -> str:
