@@ -86,7 +86,7 @@ def costs(results: Path) -> pd.DataFrame:
     made = table.agg(runs=("seconds", "size"), decisions=("decisions", "sum"), timed=("seconds", "count"))
     return made.assign(
         minutes=table["seconds"].sum().div(60).round(1).where(made["timed"] > 0),
-        processor=table["processor"].agg(lambda names: ", ".join(sorted(names.dropna().unique())) or "–"),
+        processor=table["processor"].agg(lambda names: ", ".join(sorted(names.dropna().unique())) or None),
     )
 
 

@@ -241,10 +241,12 @@ def form_of(rate: float, low: float, high: float) -> str:
     """How an estimate and its interval are written, as percents: with tenths.
 
     What would be ``0.0 [0.0, 0.0]`` has thousandths, and what would be ``0.000 [0.000, 0.000]`` powers of ten: it may
-    leave 0 out.
+    leave 0 out. Ends that aren't there (NaN) don't count.
     """
-    most = max(abs(rate), abs(low), abs(high))
-    return "z.3f" if 5e-6 <= most < 5e-4 else ".0e" if 0 < most < 5e-6 else "z.1f"
+    most = np.nanmax(np.abs([rate, low, high]))
+    if most == 0 or most >= 5e-4:
+        return "z.1f"
+    return "z.3f" if most >= 5e-6 else ".0e"
 
 
 def ends(low: float, high: float, form: str = "z.1f") -> str:
