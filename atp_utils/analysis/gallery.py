@@ -4,8 +4,11 @@
 """
 
 import argparse
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,6 +21,8 @@ from atp_utils.analysis.drawing import FIGURES, OF, TABLES, drawn_by
 from atp_utils.evolution import journal
 from atp_utils.support import files, folders
 from atp_utils.support.files import as_folder
+
+MOST = 8  # processes that draw, of some 400 MB each
 
 
 def figures_of(scenario: str) -> list[str]:
@@ -73,13 +78,35 @@ def description(figure: Callable[..., Figure | None]) -> str:
 
 
 def draw_all(decisions: pd.DataFrame, folder: str | Path) -> list[str]:
-    """Draw the study's answers and every figure of every scenario in ``decisions``; returns their paths."""
-    drawn = draw_answers(study.answers(decisions), folder)
-    for scenario, rows in decisions.groupby("scenario", sort=False, observed=True):
-        for name in figures_of(scenario):
-            drawn += draw(rows, name, folder)
-            plt.close("all")
+    """Draw the study's answers and every figure of every scenario in ``decisions``; returns their paths.
+
+    As many are drawn at a time as there are processors (8 at most), each in a process of its own that imports this
+    package anew: processes forked from one with threads may hang.
+    """
+    scenarios = decisions.groupby("scenario", sort=False, observed=True)
+    todo = [(name, rows) for scenario, rows in scenarios for name in figures_of(scenario)]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(_processors(), MOST), spawn, plots.set_style) as pool:
+        drawings = [pool.submit(_draw_answers, decisions, folder)]  # it takes longest: first
+        for name, rows in todo:
+            models = drawn_by(name, rows).groupby("model", observed=True)
+            drawings += [pool.submit(_draw, own, name, folder) for _, own in models]
+        return [path for drawing in drawings for path in drawing.result()]
+
+
+def _draw_answers(decisions: pd.DataFrame, folder: str | Path) -> list[str]:
+    return draw_answers(study.answers(decisions), folder)
+
+
+def _draw(decisions: pd.DataFrame, name: str, folder: str | Path) -> list[str]:
+    drawn = draw(decisions, name, folder)
+    plt.close("all")
     return drawn
+
+
+def _processors() -> int:
+    """How many processors this process may use: a job of a cluster has fewer than its machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main() -> int:
@@ -95,7 +122,6 @@ def main() -> int:
     except (FileNotFoundError, FileExistsError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    plots.set_style()
     print("\n".join(draw_all(decisions, folder)))
     return 0
 
