@@ -105,5 +105,6 @@ publish: $(INSTALLED) ## copy a profile's complete runs to data/results (OPTIONS
 	$(BIN)/python -m atp_utils.runs.publish "$(RUN)" "data/results/$(NAME)" $(OPTIONS)
 
 clean: ## remove what a profile's run made (PROFILE=; demo for the notebooks' own; keeps .venv and models)
-	rm -rf -- $(foreach part,data adapters evolution figures notebooks slurm,"$(RUN)/$(part)")
+	@case "$(NAME)" in "" | . | .. | /) echo "PROFILE=$(PROFILE): expected the name or file of a profile" >&2; exit 2; esac
+	rm -rf -- $(foreach part,data adapters demonstration evolution figures notebooks slurm,"$(RUN)/$(part)")
 	rmdir -- "$(RUN)"

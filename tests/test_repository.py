@@ -1,6 +1,7 @@
 """What holds the repository's own files together."""
 
 import json
+import shutil
 import subprocess
 import tomllib
 
@@ -38,3 +39,25 @@ def test_nothing_large_and_no_weights_but_small_adapters_are_tracked():
     for path in published:
         facts = json.loads(path.with_name("manifest.json").read_text())
         assert path.stat().st_size <= adapters.LARGEST and facts["sha256"] == sha256(path)
+
+
+def cleaned(root, profile):
+    shutil.copy(ROOT / "Makefile", root)
+    return subprocess.run(["make", "clean", f"PROFILE={profile}"], cwd=root, capture_output=True, text=True)
+
+
+def test_what_a_profiles_run_made_can_be_removed_whole(tmp_path):
+    for part in ("data/role_play", "demonstration/dpo", "evolution", "notebooks"):
+        (tmp_path / "runs/quick" / part).mkdir(parents=True)
+    (tmp_path / "runs/other/data").mkdir(parents=True)
+    assert cleaned(tmp_path, "quick").returncode == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("profile", ["..", ".", "mine/..", "/", ""])
+def test_nothing_outside_a_profiles_run_is_removed(tmp_path, profile):
+    for place in ("data/thesis", "runs/data/thesis"):
+        (tmp_path / place).mkdir(parents=True)
+    done = cleaned(tmp_path, profile)
+    assert done.returncode == 2 and f"PROFILE={profile}: expected the name" in done.stderr
+    assert (tmp_path / "data/thesis").is_dir() and (tmp_path / "runs/data/thesis").is_dir()
