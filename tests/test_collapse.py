@@ -104,6 +104,26 @@ def test_a_training_can_stop_once_all_pairs_are_apart(collapsing):
     assert (log["margin"].tail(3) > 0.5).all() and (log["accuracy"].tail(3) == 1).all()
 
 
+@pytest.mark.parametrize("ends", [{"stop_margin": 0.5, "items": 1}, {"max_steps": 3}], ids=["margin", "last step"])
+def test_an_ended_training_whose_adapter_could_not_be_written_is_not_trained_further(
+    collapsing, tmp_path, monkeypatch, ends
+):
+    whole = collapsing("whole", min_mass=0, **ends)
+    save = trainer.ExactDPOTrainer.save_model
+
+    def full(self, output_dir=None, _internal_call=False):
+        if not _internal_call:
+            raise OSError("No space left on device")
+        save(self, output_dir, _internal_call)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(trainer.ExactDPOTrainer, "save_model", full)
+        collapsing(min_mass=0, **ends)
+    pd.testing.assert_frame_equal(collapsing(min_mass=0, **ends), whole)
+    weights = [(tmp_path / name / adapters.WEIGHTS).read_bytes() for name in ("whole", "out")]
+    assert weights[0] == weights[1]
+
+
 def log_of(*mass, margin=0.1, accuracy=1.0):
     return pd.DataFrame({"step": range(1, len(mass) + 1), "margin": margin, "accuracy": accuracy, "mass": mass})
 

@@ -184,14 +184,16 @@ def fit(out: Path, given: Any, rows: list[dict], report: Callable[[int], None]) 
         # Without tqdm the Trainer would print a dictionary a step.
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Steps(given, report))
-        done = trainer.train(resume_from_checkpoint=_last_whole(checkpoints))
+        trained = 0.0
+        with contextlib.suppress(_Ended):
+            trained = trainer.train(resume_from_checkpoint=_last_whole(checkpoints)).metrics["train_runtime"]
         trainer.save_model(str(out))
     if trainer.is_world_process_zero():
         models.check_adapter(out, given.model)
         (out / "training_args.bin").unlink(missing_ok=True)
         seconds = round(time.monotonic() - began, 1)
         # Of the steps since the last checkpoint, without loading and saving the model.
-        cost = {"train_seconds": round(done.metrics["train_runtime"], 2), "most_bytes": weights_memory.most_held()}
+        cost = {"train_seconds": round(trained, 2), "most_bytes": weights_memory.most_held()}
         made_of = models.made_of(given.model, dtype=given.dtype)
         files.write_json(out / ORIGIN, {"made_of": made_of, "seconds": seconds} | cost | made_by())
         # The log is written once the adapter is whole: its presence says that the training has ended.
@@ -292,6 +294,10 @@ def _log(history: list[dict]) -> pd.DataFrame:
     return pd.DataFrame({"step": [row["step"] for row in rows], **columns})
 
 
+class _Ended(Exception):
+    """The checkpoint that was taken up is of the last step. The Trainer would do one more before it asked."""
+
+
 class _Steps(TrainerCallback):
     """Reports the steps that are done (of several processes the first does), and stops where the training has ended.
 
@@ -302,10 +308,17 @@ class _Steps(TrainerCallback):
     def __init__(self, given: Any, report: Callable[[int], None]):
         self.given, self.report = given, report
 
+    def _ended(self, state) -> bool:
+        return collapse.ended(_log(state.log_history), self.given, state.max_steps)
+
+    def on_train_begin(self, args, state, control, **_):
+        if self._ended(state):
+            raise _Ended
+
     def on_log(self, args, state, control, **_):
         if state.is_world_process_zero:
             self.report(state.global_step)
-        if collapse.ended(_log(state.log_history), self.given, state.max_steps):
+        if self._ended(state):
             control.should_training_stop = control.should_save = True
 
     def on_save(self, args, state, control, **_):
