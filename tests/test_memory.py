@@ -61,6 +61,37 @@ def test_free_memory_is_the_machines_or_that_of_the_gpus_in_use(monkeypatch):
     assert weights_memory.free_bytes(all_gpus=False)[0] == 100
 
 
+@pytest.mark.parametrize(
+    ("free", "device_map", "loaded"),
+    [
+        # Free of each of three GPUs, in sizes of the model; main memory has room for one.
+        (1.0, "auto", {"": 2}),
+        (0.5, "auto", "auto"),
+        (0.3, "auto", None),
+        (1.0, None, "main memory"),
+        (0.5, None, None),
+        (0.3, "cpu", "cpu"),
+    ],
+)
+def test_a_model_lies_on_one_gpu_where_it_fits(tiny, monkeypatch, free, device_map, loaded):
+    folder = tiny["qwen3"]
+    size = 4 * models.load_weights(folder).num_parameters()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * size, size))
+    monkeypatch.setattr(weights_memory, "machine_free", lambda: size)
+
+    def load(source, device_map, **_):
+        raise LookupError(device_map or "main memory")
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(LookupError if loaded else MemoryError) as found:
+        models.load_weights(folder, torch.float32, device_map)
+    assert not loaded or found.value.args == (loaded,)
+
+
 def test_a_full_gpu_ends_with_what_to_do():
     with pytest.raises(MemoryError, match=r"memory is full \(CUDA out of memory. Tried.*\) in training: lower it"):
         with weights_memory.advice("in training: lower it"):
@@ -187,7 +218,8 @@ def test_memory_has_a_bound_whatever_the_number_of_agents(tiny, ask, monkeypatch
         buffers = [buffer for layer in cache.layers for buffer in layer._buffers]
         batches.append((ids.shape[0], ids.numel(), sum(buffer.nbytes for buffer in buffers)))
         rows = [row.kept for row in (known() for known in made) if row is not None and row.kept is not None]
-        kept = [values.untyped_storage() for values in [*rows, *(values for _, values in engine._kept.chats.values())]]
+        chats = [*rows, *(values for _, values in engine._kept.chats.values())]
+        kept = [layer.untyped_storage() for values in chats for layer in values]
         held.append(sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values()))
         return out
 

@@ -81,7 +81,8 @@ def test_the_cache_is_bounded(embedded, ask):
     for number in range(6):
         answers(engine, [ask(f"number {number}")])
         assert engine._kept.bytes <= 5e6
-        assert engine._kept.bytes == sum(values.nbytes for _, values in engine._kept.chats.values())
+        kept = [layer for _, layers in engine._kept.chats.values() for layer in layers]
+        assert engine._kept.bytes == sum(layer.nbytes for layer in kept)
     assert 0 < len(engine._kept.chats) < 6
 
 

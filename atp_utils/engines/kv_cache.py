@@ -106,17 +106,17 @@ class KeptChats:
 
     def __init__(self, limit: float):
         self.limit, self.bytes = limit, 0
-        self.chats: OrderedDict[str, tuple[list[int], torch.Tensor]] = OrderedDict()
+        self.chats: OrderedDict[str, tuple[list[int], list[torch.Tensor]]] = OrderedDict()
 
     def clear(self) -> None:
         """Forget all chats."""
         self.chats.clear()
         self.bytes = 0
 
-    def find(self, messages: Sequence[Message], ids: list[int], most: int) -> torch.Tensor | None:
-        """Keys and values [layers, 2, heads, tokens, width] of the longest kept beginning of ``ids``.
+    def find(self, messages: Sequence[Message], ids: list[int], most: int) -> list[torch.Tensor] | None:
+        """Keys and values [2, heads, tokens, width], a layer each, of the longest kept beginning of ``ids``.
 
-        None without any; at most ``most`` tokens.
+        None without any; at most ``most`` tokens. Layers may lie on several devices.
         """
         for end in range(len(messages), 0, -1):
             key = _chat_key(messages[:end])
@@ -124,7 +124,7 @@ class KeptChats:
                 self.chats.move_to_end(key)
                 found, values = self.chats[key]
                 length = min(common_prefix([ids, found]), most)
-                return values[..., :length, :] if length > 0 else None
+                return first_tokens(values, length) if length > 0 else None
         return None
 
     def keep(self, messages: Sequence[Message], ids: list[int], cache: Cache, place: int) -> None:
@@ -136,14 +136,22 @@ class KeptChats:
         layers = [[held[place, :, -len(ids) :] for held in pair] for pair in pairs]
         if self.limit <= 0 or len({tensor.shape for pair in layers for tensor in pair}) != 1:
             return
-        values = torch.stack([torch.stack(pair) for pair in layers])
         key = _chat_key(messages)
         if key in self.chats:
-            self.bytes -= self.chats.pop(key)[1].nbytes
-        self.chats[key] = (ids, values)
-        self.bytes += values.nbytes
+            self.bytes -= _bytes(self.chats.pop(key)[1])
+        self.chats[key] = (ids, [torch.stack(pair) for pair in layers])
+        self.bytes += _bytes(self.chats[key][1])
         while self.bytes > self.limit:
-            self.bytes -= self.chats.popitem(last=False)[1][1].nbytes
+            self.bytes -= _bytes(self.chats.popitem(last=False)[1][1])
+
+
+def first_tokens(values: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """Of each layer's keys and values [2, heads, tokens, width] those of the first ``count`` tokens."""
+    return [layer[..., :count, :] for layer in values]
+
+
+def _bytes(values: Sequence[torch.Tensor]) -> int:
+    return sum(layer.nbytes for layer in values)
 
 
 def token_bytes(config: Any, dtype: torch.dtype) -> int:

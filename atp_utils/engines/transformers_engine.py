@@ -24,6 +24,7 @@ from atp_utils.engines.kv_cache import (
     KeptChats,
     check_attention,
     context_length,
+    first_tokens,
     shared_heads,
     token_bytes,
 )
@@ -52,14 +53,14 @@ class _Row:
     ids: list[int]
     tails: list[list[int]]
     shared: int
-    kept: torch.Tensor | None
+    kept: list[torch.Tensor] | None
     indices: Sequence[int]
     written: list[int] = field(default_factory=list)
     generator: torch.Generator | None = None
 
     @property
     def new(self) -> int:
-        return len(self.ids) - (0 if self.kept is None else self.kept.shape[-2])
+        return len(self.ids) - (0 if self.kept is None else self.kept[0].shape[-2])
 
     @property
     def length(self) -> int:
@@ -224,9 +225,9 @@ class TransformersEngine:
             # Where padding would stand between prefix and new tokens, the prefix's last tokens are read once more: a
             # gap takes places in a sliding window.
             ends = [max(len(row.ids) - fresh, 0) for row in rows]
-            kept = [(row.kept if end else sample)[..., :end, :] for row, end in zip(rows, ends, strict=True)]
+            kept = [first_tokens(row.kept if end else sample, end) for row, end in zip(rows, ends, strict=True)]
             for layer in range(len(sample)):
-                both = [pad(each[layer], (0, 0, prefix - each.shape[-2], 0)) for each in kept]
+                both = [pad(each[layer], (0, 0, prefix - each[layer].shape[-2], 0)) for each in kept]
                 cache.update(*torch.stack(both, dim=1), layer)
         for row in rows:
             row.kept = None

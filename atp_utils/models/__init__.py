@@ -76,12 +76,16 @@ def _tokenizer(name: str, source: str, _: tuple) -> Any:
 def load_weights(name: str, dtype: str | torch.dtype = "auto", device_map: str | None = None) -> Any:
     """The causal language model ``name``; without a ``device_map`` in main memory, where a trainer takes it from.
 
-    A device map is for inference only: it lets one process use all GPUs, and each process of a launched training
-    has its own. Raises OSError where the model can't be had, and MemoryError where it is larger than what is free.
+    "cpu": it stays there. "auto", for inference: on the current GPU where its weights fit it, else its layers on all
+    GPUs; each process of a launched training has one GPU only. Raises OSError where the model can't be had, and
+    MemoryError where it is larger than what is free.
     """
     quiet()
-    source, dtype = locate(name), precisions.precision(dtype)
-    weights_memory.check(name, read_config(name), dtype, all_gpus=device_map is not None)
+    source, dtype, config = locate(name), precisions.precision(dtype), read_config(name)
+    if device_map == "auto" and weights_memory.fits_one_gpu(config, dtype):
+        device_map = {"": torch.cuda.current_device()}
+    all_gpus = {"cpu": None, "auto": True}.get(str(device_map), False)
+    weights_memory.check(name, config, dtype, all_gpus)
     advice = "while the model was loaded: end what else uses the GPU, or take a smaller model"
     with _naming(name), weights_memory.advice(advice):
         model = AutoModelForCausalLM.from_pretrained(

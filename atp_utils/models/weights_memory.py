@@ -16,17 +16,15 @@ from transformers import AutoModelForCausalLM
 GIB = 1 << 30
 
 
-def check(name: str, config: Any, dtype: torch.dtype, all_gpus: bool) -> None:
+def check(name: str, config: Any, dtype: torch.dtype, all_gpus: bool | None) -> None:
     """Raise MemoryError, with both sizes, where the weights of ``name`` alone are more than the memory that is free.
 
-    ``config`` is the model's. ``all_gpus`` says that the layers may lie on all visible GPUs (inference). What is cut
-    into shares (FSDP, ZeRO-3) passes, and so does a quantised model, whose size its configuration doesn't tell.
+    ``config`` is the model's, ``all_gpus`` as for `free_bytes`. What is cut into shares (FSDP, ZeRO-3) passes, and so
+    does a quantised model, whose size its configuration doesn't tell.
     """
     cut = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
-    if cut or getattr(config, "quantization_config", None):
+    if cut or (needed := _needed(config, dtype)) is None:
         return
-    with torch.device("meta"):
-        needed = AutoModelForCausalLM.from_config(config).num_parameters() * dtype.itemsize
     free, where = free_bytes(all_gpus)
     if needed > free:
         raise MemoryError(
@@ -35,9 +33,27 @@ def check(name: str, config: Any, dtype: torch.dtype, all_gpus: bool) -> None:
         )
 
 
-def free_bytes(all_gpus: bool) -> tuple[int, str]:
-    """Bytes that a model could take, and of what: of all GPUs or the current one; without a GPU, of the machine."""
-    if not torch.cuda.is_available():
+def fits_one_gpu(config: Any, dtype: torch.dtype) -> bool:
+    """Whether a model's weights fit the current GPU; false where its configuration doesn't tell their size."""
+    needed = _needed(config, dtype)
+    return needed is not None and needed <= free_bytes(all_gpus=False)[0]
+
+
+def _needed(config: Any, dtype: torch.dtype) -> int | None:
+    """Bytes of the weights, of which none are made; None for a quantised model."""
+    if getattr(config, "quantization_config", None):
+        return None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters() * dtype.itemsize
+
+
+def free_bytes(all_gpus: bool | None) -> tuple[int, str]:
+    """Bytes that a model could take, and of what.
+
+    Of all visible GPUs (its layers may lie on each of them), or of the current one; of the machine where there is no
+    GPU, and for None, a model that stays in main memory.
+    """
+    if all_gpus is None or not torch.cuda.is_available():
         return machine_free(), "this machine"
     # What this process holds and no longer uses counts as free.
     gc.collect()
