@@ -200,6 +200,7 @@ def is_gone(group):
     "code",
     [
         "print('before')\nimport time\ntime.sleep(600)",
+        "print('bef', end='')\nprint('ore')\nprint('', end='')\nwhile True: pass",
         "print('before')\nimport os, time\nos.closerange(0, 100)\ntime.sleep(600)",
         "print('before')\nfrom signal import *\npthread_sigmask(SIG_BLOCK, range(1, 64))\npause()",
         "print('before')\nimport os\nr, w = os.pipe()\nos.read(r, 1)",
@@ -208,7 +209,7 @@ def is_gone(group):
         "    signal.signal(getattr(signal, s), signal.SIG_IGN)\nwhile True: pass",
         "print('before')\nclass A(Exception):\n    def __str__(self):\n        while True: pass\nraise A",
     ],
-    ids="sleep,closing all,blocking signals,reading an empty pipe,loop,ignoring signals,endless message".split(","),
+    ids="sleep,in parts,closing all,blocking signals,reading an empty pipe,loop,ignoring signals,endless message".split(","),
 )
 def test_wall_time_is_bounded_and_output_kept(hasty_box, code):
     result = hasty_box.run(code)
@@ -325,6 +326,8 @@ def test_deep_recursion(box):
         ("e = ValueError('real'); e.add_note('\\n'); raise e", "error", "", "ValueError: real"),
         ("input()", "error", "", "EOFError: EOF when reading a line"),
         ("import sys; sys.exit()", "ok", "", ""),
+        ("print(42, end=''); raise SystemExit", "ok", "42", ""),
+        ("print(42, end=''); 1 / 0", "error", "42", "ZeroDivisionError: division by zero"),
         ("import sys; sys.exit(3)", "error", "", "SystemExit: 3"),
         ("exit_now = 1; raise SystemExit('bye')", "error", "", "SystemExit: bye"),
         ("import os; print(1); os._exit(0)", "killed", "1\n", "the process ended itself, exit code 0"),
@@ -637,7 +640,7 @@ def test_refuses_a_bubblewrap_that_can_not_be_run(monkeypatch, tmp_path):
 def test_probes_notice_missing_namespaces(monkeypatch):
     """A bubblewrap that only pretends: the filter works, and the probes name what the view lets through."""
     libraries = ":".join(sorted({str(path.parent) for path in sandbox.library_folders()}))
-    command = ["env", f"PYTHONPATH={libraries}", os.path.realpath(sys.executable), "-sSP", str(sandbox.WORKER)]
+    command = ["env", f"PYTHONPATH={libraries}", os.path.realpath(sys.executable), "-usSP", str(sandbox.WORKER)]
     monkeypatch.setattr(sandbox, "isolated_command", lambda bwrap: command)
     refused("let through .*reading /etc/passwd.*host's processes")
 

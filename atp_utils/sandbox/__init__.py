@@ -198,7 +198,8 @@ def isolated_command(bwrap):
         command += ["--ro-bind", str(folder), f"/box/site/{folder.name}"]
     python = os.path.realpath(sys._base_executable)  # behind a virtual environment's links
     command += ["--ro-bind", python, "/box/bin/python3", "--ro-bind", str(WORKER), "/box/worker.py"]
-    return [*command, "--remount-ro", "/", "/box/bin/python3", "-sSP", "/box/worker.py"]
+    # -u: what a call has printed is kept however it ends, the last line's beginning too.
+    return [*command, "--remount-ro", "/", "/box/bin/python3", "-usSP", "/box/worker.py"]
 
 
 # --- The worker process ---------------------------------------------------------------------------

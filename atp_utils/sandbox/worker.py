@@ -115,7 +115,6 @@ def run_fork(code, memory_bytes, output_bytes, output_fd, report_fd):
         os.closerange(REPORT_FD + 1, 1024)
         confine(memory_bytes, output_bytes)
         run_code(code)
-        sys.__stdout__.flush()
         os.write(REPORT_FD, FINISHED)
     except BaseException as error:
         with contextlib.suppress(BaseException):
@@ -237,7 +236,6 @@ def import_libraries():
         PREIMPORTED[name] = PREIMPORTED[short or name] = importlib.import_module(name)
     PREIMPORTED["np"].random.seed(0)
     PREIMPORTED["sp"].solve(PREIMPORTED["sp"].Symbol("x") ** 2 - 2)  # brings in what sympy imports late
-    sys.stdout.reconfigure(line_buffering=True)  # what was printed before a time-out is kept
     gc.collect()
     gc.freeze()  # a fork's collector then doesn't touch, and so copy, the worker's pages
 
