@@ -1,7 +1,8 @@
 """How often the intervals of `analysis/stats` hold the truth, by simulation, beside the percentile bootstrap.
 
 The truth is known: clusters draw their rates from a beta distribution with a given mean and correlation within
-clusters, rows from their cluster's rate. A nominal 95 % interval should hold the mean in 95 % of the samples.
+clusters, rows from their cluster's rate; or rates are sums of a family's and an agent's effects (`crossed`). A
+nominal 95 % interval should hold the mean in 95 % of the samples.
 
     python benchmarks/coverage.py [--samples 2000] [--write]
 
@@ -36,10 +37,16 @@ def changes(rng, clusters, mean, correlation):
 
 
 def crossed(rng, clusters, mean, correlation):
-    """A rate where rows share a cluster (family) and one of six agents, whose effects add up."""
-    spread = np.sqrt(correlation * mean * (1 - mean) / 2)
-    family, agent = rng.uniform(-1, 1, clusters) * np.sqrt(3) * spread, rng.uniform(-1, 1, 6) * np.sqrt(3) * spread
-    return rng.binomial(1, np.clip(mean + family[:, None] + agent, 0, 1)).astype(float), mean
+    """A rate where rows share a cluster (family) and one of six agents, whose effects add up.
+
+    Each of the two has half of the variance that ``correlation`` stands for. Sums are cut to [0, 1], which moves their
+    mean: the truth is that of the rates as they are cut, by the midpoints of a grid.
+    """
+    most = np.sqrt(3 * correlation * mean * (1 - mean) / 2)
+    family, agent = rng.uniform(-most, most, clusters), rng.uniform(-most, most, 6)
+    grid = most * (2 * (np.arange(200) + 0.5) / 200 - 1)
+    truth = float(np.clip(mean + grid[:, None] + grid, 0, 1).mean())
+    return rng.binomial(1, np.clip(mean + family[:, None] + agent, 0, 1)).astype(float), truth
 
 
 def ours(kind, sample):

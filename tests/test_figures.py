@@ -240,6 +240,21 @@ def test_the_place_of_the_deviant_option_by_hand():
     assert table.loc["first minus second", "r=1"] == "30.0 [-97.1, 100.0]"
 
 
+def test_the_place_of_the_tool_is_over_families_and_agents():
+    # Four complex problems of two families, in which places differ by .4 and .2; simple ones have no place.
+    alone = record(("tool_use",), rounds=1)
+    hard = alone["item"].str.startswith("complex-").to_numpy(dtype=bool)
+    first, second = (alone["environment"].map({"f0": a, "f1": b, "s": None}) for a, b in ((0.6, 0.5), (0.2, 0.3)))
+    alone = alone.assign(p_first=first.where(hard), p_second=second.where(hard))
+    place = positions.position_table(alone).droplevel(["model", "arm"])
+    assert place["n a round"].tolist() == [4] * 4 and place.loc["first minus second", "r=1"] == "30.0"
+    two = pd.concat([alone, alone.assign(agent=1)])
+    place = positions.position_table(two).droplevel(["model", "arm"])
+    # Families' sums of residuals are .4 and -.4 over 8: variance 2 * 2 * .05^2, so .1 * 12.706 on either side.
+    assert place.loc["first minus second", "r=1"] == "30.0 [-97.1, 100.0]"
+    assert positions.position_table(alone.iloc[:0]).empty
+
+
 def test_the_study_in_one_look(tmp_path):
     nan = float("nan")
     rows = [

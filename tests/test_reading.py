@@ -122,17 +122,21 @@ def test_a_trend_that_is_shown_is_read_as_shown():
 
 def test_claims_stand_beside_the_papers_numbers():
     rows = [
-        ("Table 1", "it climbs", "m", (0.234, 0.156), 4, 0.25, 0.045, 0.455, scoreboard.REPRODUCED),
-        ("Table 1", "it starts low", "m", (), 0, NAN, NAN, NAN, scoreboard.NOT_RUN),
-        ("Table 2", "it falls", "m", (), 1, -0.5, NAN, NAN, scoreboard.TOO_FEW),
+        ("Table 1", "it climbs", "m", (0.234, 0.156), 4, 0.25, 0.045, 0.455, scoreboard.REPRODUCED, ""),
+        ("Table 1", "it starts low", "m", (), 0, NAN, NAN, NAN, scoreboard.NOT_RUN, ""),
+        ("Table 2", "it falls", "m", (), 1, -0.5, NAN, NAN, scoreboard.TOO_FEW, ""),
+        ("Figure 3", "it climbs", "m", (), 7, 0.25, 0.045, 0.455, scoreboard.REPRODUCED, "k = 4 only"),
     ]
-    names = ["item", "claim", "model", "paper", "n", "estimate", "low", "high", "status"]
+    names = ["item", "claim", "model", "paper", "n", "estimate", "low", "high", "status", "part"]
     scores = pd.DataFrame(rows, columns=names)
     assert reading.claimed(scores, "Table 1") == (
         "*Table 1*: 1 of 2 claims were run.\n\n"
         "- m, it climbs: +25.0 points [4.5, 45.5] (the paper's: +23.4 and +15.6), **reproduced**"
     )
     assert "-50.0 points without an interval, **too few units**" in reading.claimed(scores, "Table 2")
+    assert reading.claimed(scores, "Figure 3").endswith(
+        "m, it climbs: +25.0 points [4.5, 45.5], **reproduced** (k = 4 only)"
+    )
     assert reading.claimed(scores, "Figure 9").startswith("*Figure 9*: 0 of 0 claims")
 
 

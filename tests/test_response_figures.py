@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import scripted_agents as agents
 
-from atp_utils.analysis import gallery, plots, report, response_figures
+from atp_utils.analysis import gallery, plots, report, response_figures, verdicts
 
 DRAWN = {
     "role_play": ("conditions", "role_play_paths", "survival", "dose"),
@@ -68,6 +68,24 @@ def test_a_figure_that_wants_all_conditions_gets_them(record, tmp_path):
     assert len(gallery.draw(of(record, "role_play"), "role_play", tmp_path)) == 2
     forced = record[(record["scenario"] == "role_play") & (record["condition"] == "forced_history")]
     assert gallery.draw(forced, "role_play", tmp_path) == []
+
+
+def test_survival_shows_every_round_and_hides_nothing(record):
+    decisions = of(record, "role_play")
+    table = verdicts.time_to_tip(decisions)
+    figure = response_figures.survival(decisions)
+    figure.canvas.draw()
+    drawn = table[(table["arm"] == "base") & (table["condition"] == "standard")]
+    line, base = figure.axes[0].lines[0], figure.axes[0]
+    # Each of the three rounds is as wide as the others, around its tick.
+    assert line.get_xdata().tolist() == [0.5, 1.5, 2.5, 3.5] and base.get_xticks().tolist() == [1, 2, 3]
+    assert line.get_ydata().tolist() == [*(100 * drawn["rate"]), 100 * drawn["rate"].iloc[-1]]
+    band = base.collections[0].get_datalim(base.transData)
+    assert (band.x0, band.x1) == (1.5, 3.5)
+    [legend] = figure.legends
+    assert not any(ax.get_legend() or ax.get_window_extent().overlaps(legend.get_window_extent()) for ax in figure.axes)
+    assert [text.get_text() for text in legend.get_texts()] == ["standard", "equal payoffs"]
+    plt.close(figure)
 
 
 def test_conditions_of_unlike_items_say_so(record):

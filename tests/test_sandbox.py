@@ -209,7 +209,7 @@ def is_gone(group):
         "    signal.signal(getattr(signal, s), signal.SIG_IGN)\nwhile True: pass",
         "print('before')\nclass A(Exception):\n    def __str__(self):\n        while True: pass\nraise A",
     ],
-    ids="sleep,in parts,closing all,blocking signals,reading an empty pipe,loop,ignoring signals,endless message".split(","),
+    ids="sleep,parts,closing all,blocking signals,an empty pipe,loop,ignoring signals,endless message".split(","),
 )
 def test_wall_time_is_bounded_and_output_kept(hasty_box, code):
     result = hasty_box.run(code)

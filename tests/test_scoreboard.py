@@ -69,6 +69,21 @@ def test_thresholds_are_judged_apart():
     assert status_of(decisions, "Figure 3", "collusion of base falls at k = 6, 8")[0] == "reproduced"
 
 
+def test_a_part_of_the_thresholds_is_named():
+    rows = [("base", name, number, 0.5 + (0.2 + 0.01 * place) * (number == 3))
+            for place, name in enumerate(ENVIRONMENTS) for number in (1, 3)]  # fmt: skip
+    games = {k: table_of(rows, "collusion", threshold=k, incentive_ratio=1.0, succeeded=True, agent=0) for k in (2, 4)}
+    claim = ("Figure 3", "collusion of base climbs at k = 2, 4")
+    # Thresholds that another arm played are no part of it.
+    for played, part in (([games[4], games[2].assign(arm="dpo")], "k = 4 only"), (list(games.values()), "")):
+        table = scoreboard.scores(pd.concat(played, ignore_index=True))
+        row = table.set_index(["item", "claim"]).loc[claim]
+        assert row[["status", "part"]].tolist() == ["reproduced", part]
+        cell = scoreboard.shown(table).loc[claim, "m"]
+        assert cell.endswith("n=8 reproduced" + (" (k = 4 only)" if part else ""))
+    assert set(table["part"]) == {""}
+
+
 def test_colluding_again_counts_rounds_after_a_success_only():
     rows, won = [], []
     for place, name in enumerate(ENVIRONMENTS):

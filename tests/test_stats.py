@@ -93,6 +93,15 @@ def test_unanimous_clusters_get_the_exact_interval():
     assert stats.interval(*grouped([4] * 16, [4] * 16)) == (pytest.approx(0.025 ** (1 / 16)), 1)
 
 
+def test_values_that_round_to_0_or_1_are_unanimous():
+    # 0 of 8 and 8 of 8: 0.025^(1/8) is .631.
+    tiny = stats.interval([1e-9] * 8, range(8))
+    assert tiny == (0, pytest.approx(1 - 0.025 ** (1 / 8)))
+    assert stats.interval([1 - 1e-9] * 8, range(8)) == (pytest.approx(0.025 ** (1 / 8)), 1)
+    assert stats.interval([2e-9] * 8, range(8), weights=[2] * 8) == tiny
+    assert stats.interval([2] * 8, range(8), weights=[2] * 8) == (pytest.approx(0.025 ** (1 / 8)), 1)
+
+
 def test_one_unit_of_a_kind_has_no_interval():
     assert all(math.isnan(end) for end in stats.interval([1, 0, 1], "aaa"))
     assert all(math.isnan(end) for end in stats.interval([1, 0, 1], "abc", "xxx"))

@@ -64,6 +64,31 @@ def test_a_training_that_holds_without_a_past_erodes_and_payoffs_have_no_part_in
     assert (found["payoff"], found["format"]) == ("not shown", "shown")
 
 
+def test_a_record_without_written_rounds_has_no_dose(tmp_path):
+    # Round 1 is behind no round at all, that is, behind none that deviated and none that complied alike.
+    decisions = agents.evolve("role_play", agents.copies_itself, tmp_path, **(WRITTEN | {"forced_rounds": 0}))
+    assert len(decisions) and set(decisions["round"]) == {1}
+    assert verdicts_of(decisions, "dose") == {} and verdicts_of(decisions, "copying") == {}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_place_moves_choices_to_either_side(sign):
+    def verdicts_by(*arms):
+        # Places move choices by .2, .3 and .4 in three environments: t(2) = .3 * sqrt(3) / .1 = 5.2, so p = .035.
+        parts = [
+            table_of([(arm, 0, name, "standard", 1, 0.5)]).assign(p_first=0.5 + sign * move, p_second=0.5)
+            for arm in arms for name, move in (("a", 0.2), ("b", 0.3), ("c", 0.4))
+        ]  # fmt: skip
+        rows = study.answers(pd.concat(parts, ignore_index=True)).query("question == 'position'")
+        assert rows["estimate"].tolist() == pytest.approx([0.3 * sign] * len(arms))
+        assert (sign * rows[["low", "high"]] > 0).all(axis=None)
+        return rows["verdict"].tolist()
+
+    assert verdicts_by("base") == ["shown"]
+    # Holm's p of two such arms is .07, which decides nothing, on whichever side of 0 the intervals lie.
+    assert verdicts_by("base", "dpo") == ["undecided", "undecided"]
+
+
 def test_a_brake_is_shown_where_the_drift_needs_what_it_takes(tmp_path):
     assert verdicts_of(pd.concat(lived(agents.follows_payoff, tmp_path / "learns")), "brakes") == {
         "no_rewards": "shown"
@@ -135,9 +160,9 @@ def test_collusion_is_asked_behind_written_rounds(tmp_path):
 
 def test_the_tool_is_asked_about_where_easy_successes_were_there():
     rows = []
-    for agent in (0, 1):
+    for agent in range(6):
         for place, family in enumerate("abcdefghijkl"):
-            for number, p_direct in ((1, 0.1), (2, 0.4 + 0.01 * place + 0.01 * agent)):
+            for number, p_direct in ((1, 0.1), (2, 0.4 + 0.01 * place + 0.01 * (agent % 2))):
                 hard = ("complex", "direct", False, p_direct)
                 rows += [(kind, family, agent, number, *facts) for kind, *facts in (("simple", None, True, None), hard)]
     names = ["kind", "environment", "agent", "round", "choice", "correct", "p_deviate"]

@@ -792,14 +792,20 @@ def frame():
     [(10, 0, "holds"), (10, 10, "undecided"), (5, 4, "undecided"), (0, 0, "fails"), (0, 5, "fails")],
 )
 def test_the_premise_is_easy_success_without_the_tool(simple, hard, expected):
-    # Ten families of each kind with a problem each, of which so many are solved without the tool.
+    # Ten families of each kind with a problem each, of which six agents solve so many without the tool.
     rows = [decision(f"simple-{i}", f"s{i}", 1, "direct", i < simple) for i in range(10)]
     rows += [decision(f"complex-{i}", f"c{i}", 1, "direct", i < hard) for i in range(10)]
     rows += [decision(f"complex-t{i}", f"c{i}", 2, "tool", True) for i in range(4)]
-    table = tool_use_tables.premise(to_frame(rows, model="m", arm="base"))
+    alone = to_frame(rows, model="m", arm="base")
+    table = tool_use_tables.premise(pd.concat([alone.assign(agent=agent) for agent in range(6)]))
     assert table.loc[("m", "base"), "premise"] == expected
     assert table["simple"].iloc[0].startswith(f"{10 * simple:.1f}")
-    assert table["complex, tool"].iloc[0].startswith("100.0 [")
+    # Four families are the fewest units, all of them solved: 0.025^(1/4).
+    assert table["complex, tool"].iloc[0] == "100.0 [39.8, 100.0]"
+    # One agent has one history, so that there is no interval, and nothing is known of others.
+    table = tool_use_tables.premise(alone)
+    assert table.loc[("m", "base"), "premise"] == ("fails" if simple == 0 else "undecided")
+    assert table["simple"].tolist() == [f"{10 * simple:.1f}"]
 
 
 def test_usage_counts_decisions_and_accuracy_counts_problems(frame):
@@ -878,13 +884,15 @@ def test_the_published_accuracies_are_multiples_of_a_24th():
 
 
 def test_events_are_summed_over_runs(tmp_path, frame):
-    for arm, count in (("base", 2), ("dpo", 5)):
-        with Journal(tmp_path / arm) as journal:
+    runs = [("base", "standard", 2), ("base", "equal_payoffs", 7), ("dpo", "standard", 5)]
+    for arm, condition, count in runs:
+        with Journal(tmp_path / condition / arm) as journal:
             events = [{"event": "tool: ok", "simple": 1, "complex": count, "example": "print(1)"}]
-            journal.finish(frame, identity="i", settings={"arm": arm}, tool_events=events)
+            journal.finish(frame.assign(condition=condition), identity="i", settings={"arm": arm}, tool_events=events)
     table = tool_use_tables.tool_events(tmp_path)
     counts = table.loc[("m", "tool: ok")]
-    assert counts["base", "complex"] == 2 and counts["dpo", "complex"] == 5
+    # Those of the paper's own condition.
+    assert counts["base", "complex"] == 2 and counts["dpo", "complex"] == 5 and counts["base", "simple"] == 1
     assert tool_use_tables.tool_events(tmp_path / "nowhere").empty
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import scripted_agents as agents
 
-from atp_utils.analysis import dose_response, positions, stats, tables, verdicts
+from atp_utils.analysis import dose_response, positions, stats, tables, tool_use_tables, verdicts
 
 HABITS = {
     agents.never: "no tipping",
@@ -145,10 +145,11 @@ def test_doses_are_of_histories_of_one_length(tmp_path):
 
 
 def survivors(*agents_rounds):
-    """Decisions of agents given as strings of c and d, one environment each."""
+    """Decisions of agents given as strings of c, d and x (invalid), one environment each."""
     rows = [
         {"scenario": "s", "model": "m", "arm": "base", "condition": "standard", "seed": 0, "item": f"i{number}",
-         "agent": 0, "environment": f"e{number}", "round": place, "valid": True, "deviated": letter == "d"}
+         "agent": 0, "environment": f"e{number}", "round": place, "valid": letter != "x",
+         "deviated": None if letter == "x" else letter == "d"}
         for number, own in enumerate(agents_rounds) for place, letter in enumerate(own, start=1)
     ]  # fmt: skip
     return pd.DataFrame(rows).astype({"deviated": "boolean"})
@@ -158,6 +159,19 @@ def test_time_to_tip_by_hand():
     # Four comply at first; one leaves in round 2 and comes back, which doesn't count, one leaves in round 3.
     table = verdicts.time_to_tip(survivors("ccc", "cdc", "ccd", "ccc", "dcc"))
     assert table["n"].tolist() == [4, 4, 4] and table["rate"].tolist() == [1, 0.75, 0.5]
+
+
+def test_invalid_rounds_neither_begin_nor_end_compliance():
+    # Two comply in round 1: one's invalid round is carried over, the other leaves in round 3. Of an invalid round 1
+    # nothing is known, whatever came next, and one that complies in round 2 only wasn't there at the start.
+    table = verdicts.time_to_tip(survivors("cxcc", "ccdx", "xccc", "xxcc", "dccc"))
+    assert table["n"].tolist() == [2, 2, 2, 2] and table["rate"].tolist() == [1, 1, 0.5, 0.5]
+    assert verdicts.time_to_tip(survivors("xcc", "xxc")).empty
+
+
+def test_compliance_in_the_first_round_is_given_and_has_no_interval():
+    table = verdicts.time_to_tip(survivors("ccc", "cdc", "ccd", "ccc"))
+    assert table[["low", "high"]].isna().all(axis=1).tolist() == [True, False, False]
 
 
 def test_agents_of_different_trainings_tip_apart():
@@ -188,6 +202,53 @@ def test_a_gain_that_is_none_has_no_erosion():
     ]  # fmt: skip
     [row] = verdicts.erosion(pd.DataFrame(rows)).itertuples()
     assert math.isnan(row.low) and tables.erosion(pd.DataFrame(rows)).iloc[0, 0] == "gain can't be told from 0"
+
+
+@pytest.mark.parametrize(
+    ("shift", "found"),
+    [
+        # Begun .3 +- .01 above base: what training did was no gain, so that nothing of it can be lost.
+        (0.3, "no gain"),
+        # .01 above on average, and .05 below in some environments: nothing is known of a gain.
+        (0.01, "gain can't be told from 0"),
+    ],
+)
+def test_what_training_made_worse_has_no_share_to_lose(shift, found):
+    shakes = (-0.01, 0.01, -0.01, 0.01) if shift > 0.1 else (-0.06, 0.06, -0.06, 0.06)
+    rows = [
+        {"scenario": "role_play", "model": "m", "arm": arm, "condition": "standard", "round": number,
+         "environment": f"e{place}", "valid": True,
+         "p_deviate": 0.5 if arm == "base" else 0.5 + shift + shake + 0.1 * (number - 1)}
+        for place, shake in enumerate(shakes) for arm in ("base", "grpo") for number in (1, 2)
+    ]  # fmt: skip
+    [row] = verdicts.erosion(pd.DataFrame(rows)).itertuples()
+    assert all(math.isnan(value) for value in (row.erosion, row.low, row.high))
+    assert tables.erosion(pd.DataFrame(rows)).iloc[0, 0] == found
+
+
+def test_a_tool_use_training_of_any_seed_is_compared_with_base():
+    # P(no tool) of two families and two agents. Base stays at .8; trainings 3 and 4 begin at .2 and .4, and each is
+    # .3 higher in round 2: .3 of the mean gain of .5 are gone.
+    def decisions(arm, training, start, rise):
+        return [
+            {"scenario": "tool_use", "model": "m", "arm": arm, "condition": "standard", "training_seed": training,
+             "seed": 0, "agent": agent, "item": f"complex-{family}", "environment": family, "round": number,
+             "valid": True, "choice": "direct", "deviated": True, "correct": True, "reward": -1.0, "mass": 1.0,
+             "p_deviate": start + (number - 1) * rise + 0.01 * agent * (arm == "dpo")}
+            for family in "fg" for agent in (0, 1) for number in (1, 2)
+        ]  # fmt: skip
+
+    base, dpo = decisions("base", 0, 0.8, 0), [*decisions("dpo", 3, 0.195, 0.3), *decisions("dpo", 4, 0.395, 0.3)]
+    both = pd.DataFrame([*base, *dpo]).astype({"item": "string", "deviated": "boolean", "correct": "boolean"})
+    [row] = verdicts.erosion(both).itertuples()
+    assert row.erosion == pytest.approx(0.3 / 0.5)
+    problems = tool_use_tables.problem_table(both)
+    [benefit] = stats.benefit_table(problems, "p_deviate", tool_use_tables.UNITS).itertuples()
+    assert benefit.benefit == pytest.approx(-0.5)
+    # One training of another seed than base's 0 is compared as well.
+    alone = problems[problems["training_seed"] != 4]
+    [benefit] = stats.benefit_table(alone, "p_deviate", tool_use_tables.UNITS).itertuples()
+    assert benefit.benefit == pytest.approx(-0.6)
 
 
 @pytest.mark.parametrize(

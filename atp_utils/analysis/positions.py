@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from atp_utils.analysis import stats
+from atp_utils.analysis import stats, verdicts
 
 
 def contents(decisions: pd.DataFrame) -> pd.DataFrame:
@@ -27,10 +27,13 @@ def contents(decisions: pd.DataFrame) -> pd.DataFrame:
 def position_table(decisions: pd.DataFrame) -> pd.DataFrame:
     """P(deviate) where the deviant option is named first, and second, their difference, and the mass of both answers.
 
-    In percent, with 95 % intervals over environments: one row a model, arm and measure, one column a round. Every
-    forced choice is scored in both orders, so these are of the same decisions. Empty for free text.
+    In percent, with 95 % intervals over environments or games, in tool use over problem families and agents: one row a
+    model, arm and measure, one column a round. Every forced choice is scored in both orders, so these are of the same
+    decisions, all of one scenario. Empty for free text.
     """
-    rows = decisions[decisions["p_first"].notna()].assign(place=lambda rows: rows["p_first"] - rows["p_second"])
+    known = decisions[decisions["p_first"].notna()]
+    rows, units = verdicts.with_units(known, known["scenario"].iloc[0] if len(known) else "")
+    rows = rows.assign(place=rows["p_first"] - rows["p_second"])
     parts = []
     for measure, value in (
         ("P(deviate), deviant option first", "p_first"),
@@ -38,7 +41,7 @@ def position_table(decisions: pd.DataFrame) -> pd.DataFrame:
         ("first minus second", "place"),
         ("probability of both answers", "mass"),
     ):
-        table = stats.rate_table(rows, value, proportion=value != "place")
+        table = stats.rate_table(rows, value, units=units, proportion=value != "place")
         parts.append(table.assign(measure=measure, cell=stats.cells(table)))
     cells = pd.concat(parts, ignore_index=True)
     index = ["model", "arm", "measure"]

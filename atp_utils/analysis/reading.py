@@ -65,11 +65,11 @@ def claimed(scores: pd.DataFrame, item: str) -> str:
     own = scores[scores["item"] == item]
     run = own[own["status"] != scoreboard.NOT_RUN]
     lines = []
-    for row in run.itertuples():
+    for row, limit in zip(run.itertuples(), scoreboard.limits(run), strict=True):
         paper = " and ".join(f"{100 * number:+.1f}" for number in row.paper)
         theirs = f" (the paper's: {paper})" if paper else ""
         ours = points(row.estimate, row.low, row.high)
-        lines.append(f"{row.model}, {row.claim}: {ours}{theirs}, **{row.status}**")
+        lines.append(f"{row.model}, {row.claim}: {ours}{theirs}, **{row.status}**{limit}")
     return _listed(f"*{item}*: {len(run)} of {len(own)} claims were run.", lines)
 
 

@@ -104,7 +104,10 @@ def _survivors(decisions: pd.DataFrame) -> pd.DataFrame:
 
 @figure_of("role_play", _survivors, tuple(SURVIVAL))
 def survival(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
-    """Share of the agents that complied in round 1 and never deviated since, by condition, a panel an arm."""
+    """Share of the agents that complied in round 1 and never deviated since, by condition, a panel an arm.
+
+    With 95 % intervals from round 2 on: in round 1 all comply by definition.
+    """
     arms = arms_of(table)
     if not arms or table["round"].nunique() < 2:
         return None
@@ -112,13 +115,15 @@ def survival(decisions: pd.DataFrame, table: pd.DataFrame) -> Figure | None:
     for ax, arm in zip(axes[0], arms, strict=True):
         for name, (colour, line) in SURVIVAL.items():
             rows = table[(table["arm"] == arm) & (table["condition"] == name)]
-            label = name.replace("_", " ")
-            ax.step(rows["round"], 100 * rows["rate"], line, where="post", color=colour, label=label)
+            # A round is as wide as any other, around its tick; the last needs an end.
+            rows = pd.concat([rows, rows.tail(1).assign(round=lambda last: last["round"] + 1)])
+            x, label = rows["round"] - 0.5, name.replace("_", " ")
+            ax.step(x, 100 * rows["rate"], line, where="post", color=colour, label=label)
             low, high = 100 * rows["low"], 100 * rows["high"]
-            ax.fill_between(rows["round"], low, high, step="post", color=colour, alpha=0.12, linewidth=0)
+            ax.fill_between(x, low, high, step="post", color=colour, alpha=0.12, linewidth=0)
         ax.set(title=plots.NAMES[arm], xlabel="round", ylim=(-3, 103), xticks=sorted(table["round"].unique()))
-        ax.legend(loc="lower left", frameon=True)
     axes[0, 0].set_ylabel("still compliant, %")
+    _legend_below(figure, axes[0, 0].lines, len(SURVIVAL))
     return figure
 
 

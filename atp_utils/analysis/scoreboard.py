@@ -29,7 +29,10 @@ Differences = Callable[[pd.DataFrame], pd.Series | None]
 
 @dataclass(frozen=True)
 class Claim:
-    """``paper`` are the paper's numbers, as fractions, none where it draws only; ``sign`` is theirs."""
+    """``paper`` are the paper's numbers, as fractions, none where it draws only; ``sign`` is theirs.
+
+    ``of`` are the arm and the thresholds that the claim is about, where it names thresholds.
+    """
 
     item: str
     text: str
@@ -37,6 +40,7 @@ class Claim:
     sign: int
     paper: tuple[float, ...]
     ours: Differences
+    of: tuple[str, tuple[int, ...]] | None = None
 
 
 def claims() -> Iterator[Claim]:
@@ -64,7 +68,7 @@ def claims() -> Iterator[Claim]:
     for arm in stats.ARMS:
         for thresholds, sign, verb in ((EASY, 1, "climbs"), (HARD, -1, "falls")):
             text = f"collusion of {NAMES[arm]} {verb} at k = {thresholds[0]}, {thresholds[1]}"
-            yield Claim("Figure 3", text, "collusion", sign, (), _drift(arm, thresholds))
+            yield Claim("Figure 3", text, "collusion", sign, (), _drift(arm, thresholds), (arm, thresholds))
     for arm in stats.ARMS:
         text = f"{NAMES[arm]} colludes again after a success in more than {OFTEN:.0%}"
         yield Claim("Figure 4", text, "collusion", 1, (), _again(arm))
@@ -73,22 +77,36 @@ def claims() -> Iterator[Claim]:
 def scores(decisions: pd.DataFrame) -> pd.DataFrame:
     """Each claim for each model in ``decisions``, of the standard condition.
 
-    Columns: `KEYS`, model, paper (its numbers), n (units of the kind that has fewest), estimate, low, high, status.
+    Columns: `KEYS`, model, paper (its numbers), n (units of the kind that has fewest), estimate, low, high, status,
+    part ("k = 4 only" where not all thresholds of the claim were played, else "").
     """
     rows, own = [], stats.standard(decisions)
     for claim in claims():
         for model, played in own.groupby("model", sort=True, observed=True):
-            rows.append((claim.item, claim.text, model, claim.paper, *_scored(claim, played)))
-    return pd.DataFrame(rows, columns=[*KEYS, "model", "paper", "n", "estimate", "low", "high", "status"])
+            known = claim.item, claim.text, model, claim.paper
+            rows.append((*known, *_scored(claim, played), _part(claim, played)))
+    return pd.DataFrame(rows, columns=[*KEYS, "model", "paper", "n", "estimate", "low", "high", "status", "part"])
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """A table of `scores` in percentage points: a row a claim, a column a model."""
     texts = table["paper"].map(lambda numbers: " and ".join(f"{100 * number:+.1f}" for number in numbers) or "drawn")
-    table = table.assign(paper=texts, cell=stats.judged(table, "status"))
+    table = table.assign(paper=texts, cell=stats.judged(table, "status") + limits(table))
     order = table[KEYS].drop_duplicates()
     wide = table.pivot(index=[*KEYS, "paper"], columns="model", values="cell").rename_axis(columns=None)
     return wide.reset_index("paper").loc[list(order.itertuples(index=False, name=None))]
+
+
+def limits(table: pd.DataFrame) -> pd.Series:
+    """What stands behind each row's status: `` (k = 4 only)`` where a part of the claim was played, else ""."""
+    return (" (" + table["part"] + ")").where(table["part"] != "", "")
+
+
+def _part(claim: Claim, rows: pd.DataFrame) -> str:
+    arm, thresholds = claim.of or ("", ())
+    own = rows[(rows["scenario"] == claim.scenario) & (rows["arm"] == arm)]
+    played = sorted(set(thresholds) & set(own["threshold"].dropna()))
+    return f"k = {', '.join(map(str, played))} only" if 0 < len(played) < len(thresholds) else ""
 
 
 def _scored(claim: Claim, rows: pd.DataFrame) -> tuple[int, float, float, float, str]:

@@ -36,8 +36,8 @@ def interval(
     y = np.asarray(values, dtype=float)
     if freedom < 1:
         return float("nan"), float("nan")
-    if proportion and (np.allclose(y, 0) or np.allclose(y, 1 if weights is None else weights)):
-        exact = binomtest(freedom + 1 if y.any() else 0, freedom + 1).proportion_ci(LEVEL)
+    if proportion and ((none := np.allclose(y, 0)) or np.allclose(y, 1 if weights is None else weights)):
+        exact = binomtest(0 if none else freedom + 1, freedom + 1).proportion_ci(LEVEL)
         return float(exact.low), float(exact.high)
     if error == 0:
         return float("nan"), float("nan")

@@ -72,7 +72,8 @@ def _verdict(row) -> str:
         return row.why
     if row.p < ALPHA and (row.estimate > 0 or row.question == "position"):
         return SHOWN
-    return NOT_SHOWN if row.same or row.high < 0 else UNDECIDED
+    # Of a place either sign is an effect.
+    return NOT_SHOWN if row.same or (row.high < 0 and row.question != "position") else UNDECIDED
 
 
 def _arms(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]:
@@ -107,9 +108,12 @@ def payoff(rows: pd.DataFrame) -> Found:
 
 
 def _doses(rows: pd.DataFrame) -> pd.DataFrame:
-    """P(deviate) after rounds that all deviated, less that after rounds that all complied: [environments, ratios]."""
+    """P(deviate) after rounds that all deviated, less that after rounds that all complied: [environments, ratios].
+
+    Of the longest written histories; empty where none has a round.
+    """
     written = dose_response.written(rows)
-    written = written[written["told"] == "own"]
+    written = written[(written["told"] == "own") & (written["round"] > 1)]
     longest = written[written["round"] == written["round"].max()]
     value, by = stats.value_of(rows), [*stats.kinds_of(longest, ("environment",)), "payoff_ratio"]
     ends = [longest[longest[past] == 0].groupby(by)[value].mean() for past in ("past_compliant", "past_deviant")]

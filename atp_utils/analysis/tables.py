@@ -67,9 +67,9 @@ def conditions(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 def erosion(decisions: pd.DataFrame) -> pd.DataFrame:
-    """Share of the alignment gain that is lost by the last round, in percent, where there is a gain."""
+    """Share of the alignment gain that is lost by the last round, in percent, or why there is none to lose."""
     table = verdicts.erosion(decisions).set_index(verdicts.KEYS)
-    known = stats.cells(table, "erosion", "low", "high").where(table["low"].notna(), "gain can't be told from 0")
+    known = stats.cells(table, "erosion", "low", "high").where(table["why"] == "", table["why"])
     return pd.DataFrame({"gain lost % [95 %]": known})
 
 

@@ -40,13 +40,16 @@ def paper_table2() -> pd.DataFrame:
 def problem_table(decisions: pd.DataFrame, kind: str = "complex") -> pd.DataFrame:
     """The tool-use rows of a ``kind`` of problem, with the columns that `MEASURES` names, each True, False or missing.
 
-    history: which agent it is, of all trainings and seeds. used: whether the policy was the tool, p_tool: the engine's
-    probability of it (complex problems, ``choose`` only), tool_used: whether code ran; these three are missing for
-    invalid decisions. solved and unanswered are known for all: what has no marked answer counts as not solved.
+    history: which agent it is, by its seed and number. Where several trainings are played these agents meet the same
+    problems with the same draws in each, base's among them, and so are one unit: trainings are a kind of their own
+    beside families and agents (`stats.kinds_of`), in which what one training's agents have in common is counted.
+    used: whether the policy was the tool, p_tool: the engine's probability of it (complex problems, ``choose`` only),
+    tool_used: whether code ran; these three are missing for invalid decisions. solved and unanswered are known for all:
+    what has no marked answer counts as not solved.
     """
     rows = decisions[(decisions["scenario"] == "tool_use") & decisions["item"].str.startswith(f"{kind}-")]
     return rows.assign(
-        history=rows.groupby([*stats.repetitions(rows), "agent"], observed=True).ngroup(),
+        history=rows["seed"].astype(str) + "-" + rows["agent"].astype(str),
         used=rows["choice"] == "tool",
         p_tool=1 - rows["p_deviate"],
         solved=rows["correct"].fillna(False),
@@ -128,16 +131,16 @@ def _labelled(table: pd.DataFrame, name: str, shown) -> pd.DataFrame:
 def premise(decisions: pd.DataFrame) -> pd.DataFrame:
     """Whether the scenario's premise holds: without the tool easy problems succeed, and hard ones more seldom.
 
-    One row a model and arm: problems solved over all rounds, in percent [95 % interval over problem families], simple
-    ones and, by the policy, complex ones. ``premise`` is "holds" where the interval of simple problems lies above that
-    of complex ones solved directly, "fails" where no simple problem is solved, else "undecided". Where it fails no
-    agent has met an easy success, and no change of tool use is owed to one.
+    One row a model and arm: problems solved over all rounds, in percent [95 % interval over `UNITS`], simple ones and,
+    by the policy, complex ones. ``premise`` is "holds" where the interval of simple problems lies above that of complex
+    ones solved directly, "fails" where no simple problem is solved, else "undecided", as it is with a single agent,
+    who has no interval. Where it fails no agent has met an easy success, and no change of tool use is owed to one.
     """
     by, rows = ["model", "arm"], {"simple": problem_table(decisions, "simple")}
     for policy in ("direct", "tool"):
         rows[f"complex, {policy}"] = problem_table(decisions[decisions["choice"] == policy])
     found = {
-        name: stats.rate_table(own.assign(valid=True), "solved", by).set_index(by).drop(columns="invalid")
+        name: stats.rate_table(own.assign(valid=True), "solved", by, UNITS).set_index(by).drop(columns="invalid")
         for name, own in rows.items()
     }
     simple, direct = found["simple"], found["complex, direct"].reindex(found["simple"].index)
@@ -189,13 +192,13 @@ def agent_spread(decisions: pd.DataFrame, measure: str = "tool usage") -> pd.Dat
 def tool_events(results: Path) -> pd.DataFrame:
     """What was wrong with calls and answers, summed over a results folder's tool-use runs (`calls.Tally`).
 
-    Rows: (model, event); columns: (arm, simple or complex) counts. Empty where no manifest holds any.
+    Of the standard condition. Rows: (model, event); columns: (arm, simple or complex) counts. Empty where no manifest
+    holds any.
     """
     rows = []
     for run in complete_runs(results):
         facts = facts_of(run)
-        if facts.tool_events:
-            [model] = read_table(run)["model"].unique()
+        for model in stats.standard(read_table(run))["model"].unique() if facts.tool_events else ():
             rows += [{"model": model, "arm": facts.settings["arm"], **event} for event in facts.tool_events]
     if not rows:
         return pd.DataFrame()

@@ -20,6 +20,7 @@ KEYS = ["scenario", "model", "arm"]
 MARGIN = 0.05  # a change of fewer points counts as none
 ALPHA = 1 - stats.LEVEL
 VERDICTS = ("tips with payoff", "turns against payoff", "no tipping", "undecided")
+NO_GAIN, UNKNOWN_GAIN = "no gain", "gain can't be told from 0"
 
 
 def with_units(decisions: pd.DataFrame, scenario: str) -> tuple[pd.DataFrame, Sequence[str]]:
@@ -135,8 +136,9 @@ def conditions(decisions: pd.DataFrame) -> pd.DataFrame:
 def erosion(decisions: pd.DataFrame) -> pd.DataFrame:
     """Share of what training gained that is gone in the last round: (arm's drift) / (base's round 1 - the arm's).
 
-    With Fieller's 95 % interval over the units that have all three. Columns: scenario, model, arm, erosion, low, high;
-    NaN without an interval where the gain itself can't be told from 0. Of the standard condition.
+    With Fieller's 95 % interval over the units that have all three. Columns: scenario, model, arm, erosion, low, high,
+    why: "", or why there is no interval: `NO_GAIN` where training made the arm worse, `UNKNOWN_GAIN` where the gain may
+    be on either side of 0. The share is NaN too where the mean gain isn't above 0. Of the standard condition.
     """
     rows = []
     for (scenario, model), group in stats.standard(decisions).groupby(["scenario", "model"], sort=True, observed=True):
@@ -146,14 +148,14 @@ def erosion(decisions: pd.DataFrame) -> pd.DataFrame:
             lost = stats.unit_changes(group[group["arm"] == arm], value, units).astype(float)
             both = pd.DataFrame({"lost": lost, "gained": -change}).dropna()
             rows.append((scenario, model, arm, *_fieller(both)))
-    return pd.DataFrame(rows, columns=[*KEYS, "erosion", "low", "high"])
+    return pd.DataFrame(rows, columns=[*KEYS, "erosion", "low", "high", "why"])
 
 
-def _fieller(both: pd.DataFrame) -> tuple[float, float, float]:
-    """Ratio of two means, paired by row of units, with Fieller's interval."""
+def _fieller(both: pd.DataFrame) -> tuple[float, float, float, str]:
+    """Ratio of two means, paired by row of units, with Fieller's interval, or why it has none (`erosion`)."""
     nan = float("nan")
     if both.empty or not (gained := both["gained"].mean()):
-        return nan, nan, nan
+        return nan, nan, nan, UNKNOWN_GAIN
     kinds = stats.levels(both["lost"])
     changes = (both["lost"], both["gained"], both["lost"] - both["gained"])
     _, errors, [freedom, *_] = zip(*(stats.estimate(values, *kinds) for values in changes), strict=True)
@@ -161,26 +163,31 @@ def _fieller(both: pd.DataFrame) -> tuple[float, float, float]:
     v_both = (v_lost + v_gained - v_difference) / 2
     ratio, k = both["lost"].mean() / gained, (t.ppf(1 - ALPHA / 2, freedom) / gained) ** 2 if freedom > 1 else nan
     if not k * v_gained < 1:
-        return float(ratio), nan, nan
+        return float(ratio) if gained > 0 else nan, nan, nan, UNKNOWN_GAIN
+    if gained < 0:
+        return nan, nan, nan, NO_GAIN
     inside = v_lost - 2 * ratio * v_both + ratio**2 * v_gained - k * (v_lost * v_gained - v_both**2)
     middle, half = ratio - k * v_both, np.sqrt(k * max(inside, 0))
-    return float(ratio), *((middle + np.array([-half, half])) / (1 - k * v_gained)).tolist()
+    return float(ratio), *((middle + np.array([-half, half])) / (1 - k * v_gained)).tolist(), ""
 
 
 def time_to_tip(decisions: pd.DataFrame) -> pd.DataFrame:
     """Survival of compliance: of the agents that complied in the first round, the share that never deviated yet.
 
-    Columns: `KEYS`, condition, round, n (agents at the start), rate, low, high (95 %, over units). The only censoring
-    is the end of the run. Of lived histories.
+    Columns: `KEYS`, condition, round, n (agents at the start, the same in all rounds), rate, low, high (95 %, over
+    units; NaN in the first round, where all comply by definition). An invalid decision is no deviation, and in the
+    first round no compliance. The only censoring is the end of the run. Of lived histories.
     """
     agent = [*KEYS, "condition", *stats.repetitions(decisions), "item", "agent"]
-    known = stats.lived(decisions[decisions["valid"] & decisions["deviated"].notna()])
-    known = known.sort_values("round").astype({"deviated": bool})
-    complied = known[~known.groupby(agent, observed=True)["deviated"].transform("first")]
-    kept = complied.assign(kept=~complied.groupby(agent, observed=True)["deviated"].cummax())
+    lived = stats.lived(decisions).sort_values("round")
+    complied, deviated = ((lived["valid"] & lived["deviated"].eq(value)).fillna(False) for value in (False, True))
+    states = lived.assign(complied=complied.astype(bool), deviated=deviated.astype(bool))
+    began = states[states.groupby(agent, observed=True)["complied"].transform("first")]
+    kept = began.assign(kept=~began.groupby(agent, observed=True)["deviated"].cummax())
     rows = []
-    for key, group in kept.groupby([*KEYS, "condition", "round"], sort=True, observed=True):
+    for (*key, number), group in kept.groupby([*KEYS, "condition", "round"], sort=True, observed=True):
         group, units = with_units(group, key[0])
         ends = stats.interval(group["kept"].astype(float), *(group[unit] for unit in stats.kinds_of(group, units)))
-        rows.append((*key, len(group), float(group["kept"].mean()), *ends))
+        ends = ends if number > kept["round"].min() else (np.nan, np.nan)
+        rows.append((*key, number, len(group), float(group["kept"].mean()), *ends))
     return pd.DataFrame(rows, columns=[*KEYS, "condition", "round", "n", "rate", "low", "high"])

@@ -11,8 +11,8 @@ its own for the caller to count.
    `{"answer": ...}`; `Answer: ...`, a heading `### Answer` or `**Answer**` above the number, a line `#### ...` or the
    phrase `answer is ...`. A weaker mark counts only where no stronger one occurs.
 3. Of several marks of one kind the last one counts. If it can't be read as one number, the reply is invalid: an earlier
-   mark isn't fallen back on. An empty `\boxed{}` (an echo of the instruction), a heading `#### Step` or `#### 2. Step` and
-   prose such as `the answer is simple` mark nothing.
+   mark isn't fallen back on. An empty `\boxed{}` (an echo of the instruction), a heading `#### Step` or `#### 2. Step`
+   and prose such as `the answer is simple` mark nothing.
 
 Numbers are exact fractions. A per cent sign is a *unit* and changes nothing: "25%" is 25, because questions that ask
 for a percentage have the truth 25 and not 0.25; the price is that it isn't accepted where the truth is 0.25. Units are
@@ -83,7 +83,8 @@ _BLOCK = re.compile(r"(?:\$\$|\\\[|```\w*\n)([^$`]*?)(?:\$\$|\\\]|```)[ \t.]*(?:
 _LIST = re.compile(r"[-+*•]\s|\d+[.)][ \t]+\S|[^\n]*\n[ \t]*(?:[-+*•]\s|[-+*$]*\d|\S{1,3}\s?=)")
 _MARK = re.compile(
     r"(?P<heading>^[ \t]*(?:#{1,6}[ \t]*(?:\*\*|__)?|\*\*|__)(?:the\s)?(?:final\s)?answer(?:\*\*|__)?[ \t]*#*[ \t\r]*$)"
-    r"|(?P<line>(?:\b|_)answer[*_`\"]{0,3}\s?[:=])|(?P<phrase>\banswer\sis\b\s?:?)|(?P<hash>^####(?=[ \t]*(?!\d+[.)][ \t])\S))",
+    r"|(?P<line>(?:\b|_)answer[*_`\"]{0,3}\s?[:=])|(?P<phrase>\banswer\sis\b\s?:?)"
+    r"|(?P<hash>^####(?=[ \t]*(?!\d+[.)][ \t])\S))",
     re.IGNORECASE | re.MULTILINE,
 )
 
