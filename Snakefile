@@ -1,7 +1,8 @@
 """The pipeline: data -> adapters -> evolution -> figures, every step one notebook run by `atp_utils.run`.
 
 A *policy* is what evolves: ``base``, or an arm with the seed of its training, ``dpo-0``. An adapter that is published
-in data/adapters with the settings that the profile asks for is taken from there, unless `make reproduce ADAPTERS=train`.
+in data/adapters with the settings and training prompts that the profile asks for is taken from there, unless
+`make reproduce ADAPTERS=train`.
 
 `make reproduce PROFILE=quick` calls it. Results go to runs/PROFILE. A manifest, written last by the notebook,
 is each step's output; the executed notebook is its log, so that a failed one is kept for reading.
@@ -21,7 +22,7 @@ import shlex
 from atp_utils.engines import Servers
 from atp_utils.parameters import ALIGN, EVOLVE
 from atp_utils.profiles import read_profile, run_folder
-from atp_utils.runs import adapters
+from atp_utils.runs import adapters, prompts_marker
 from atp_utils.scenarios.registry import SCENARIOS, source
 from atp_utils.support.code_digest import code_of
 from atp_utils.support.files import as_folder
@@ -69,7 +70,8 @@ def adapter_folder(scenario, model, policy):
     """The adapter of a policy: published, or trained here."""
     method, _, seed = policy.partition("-")
     settings = SETTINGS.parameters(ALIGN[method], scenario, MODELS[model]).model_dump(mode="json")
-    ready = adapters.published(MODELS[model], scenario, method, int(seed), settings)
+    drawn = prompts_marker(SCENARIOS[scenario], SETTINGS.parameters("01_generate_data"))
+    ready = adapters.published(MODELS[model], scenario, method, int(seed), settings, drawn)
     return ready if ready and TRAINS != "train" else f"{RUN}/adapters/{scenario}/{model}/{policy}"
 
 
@@ -139,7 +141,7 @@ rule all:
 
 rule data:
     input:
-        [path for scenario in SCENARIOS.values() for path in scenario.sources],
+        [path for scenario in SCENARIOS.values() for path in scenario.made_from(SETTINGS.parameters("01_generate_data"))],
     output:
         [f"{RUN}/data/{name}/{split}.jsonl" for name, scenario in SCENARIOS.items() for split in scenario.splits],
     params:

@@ -7,11 +7,19 @@ import pandas as pd
 import pytest
 from test_folders import contents
 
-from atp_utils import parameters, profiles, resolve, shown
+from atp_utils import parameters, profiles, resolve, runs, shown
 from atp_utils.runs import adapters
+from atp_utils.scenarios.registry import SCENARIOS
 from atp_utils.support.manifest import MANIFEST
 
 GIVEN = parameters.check("02_align_dpo", {"model": "a/b", "seed": 3}).model_dump(mode="json")
+PROMPTS = {"notebook": runs.DATA, "parameters": {"seed": 0}, "sources": {"role_play.yaml": "cd"}}
+
+
+def drawn(scenario, profile="quick", **changes):
+    """What the prompts of a profile are, with other values of some parameters."""
+    given = profiles.read_profile(profile).given(runs.DATA)
+    return runs.prompts_marker(SCENARIOS[scenario], parameters.check(runs.DATA, given | changes))
 
 
 def trained(run, *, size=10, seed=3, weights=b"w"):
@@ -21,6 +29,7 @@ def trained(run, *, size=10, seed=3, weights=b"w"):
     (place / adapters.CONFIG).write_text("{}")
     (place / adapters.LOG).write_text("step,loss,margin\n1,0.7,0.1\n2,0.5,1.25\n")
     facts = {"settings": GIVEN | {"seed": seed}, "training": {"method": "dpo"}, "rows": 320, "steps": 2, "sha256": "ab"}
+    facts |= {"prompts": PROMPTS}
     (place / MANIFEST).write_text(json.dumps(facts))
     return place
 
@@ -88,7 +97,7 @@ def test_the_quick_profile_trains_nothing_that_it_evolves(scenario):
         arm, _, seed = policy.partition("-")
         if arm != "base":
             given = profile.parameters(parameters.ALIGN[arm], scenario, model).model_dump(mode="json")
-            assert adapters.published(model, scenario, arm, int(seed), given), policy
+            assert adapters.published(model, scenario, arm, int(seed), given, drawn(scenario)), policy
 
 
 PUBLISHED = sorted(path.parent for path in resolve(adapters.PUBLISHED).glob(f"*/*/*/*/{MANIFEST}"))
@@ -100,12 +109,13 @@ def test_what_was_published_is_found_by_the_settings_that_it_had(place):
     scenario, arm, seed = place.parts[-3:]
     given = json.loads((place / MANIFEST).read_text())["settings"]
     asked = parameters.check(parameters.ALIGN[arm], given).model_dump(mode="json")
-    found = adapters.published(given["model"], scenario, arm, int(seed), asked)
+    prompts = drawn(scenario)
+    found = adapters.published(given["model"], scenario, arm, int(seed), asked, prompts)
     assert resolve(found) == place
     newer = set(asked) - set(given)
     assert all(asked[name] == getattr(parameters.Dpo(), name) for name in newer)
     for name in newer & {"scheduler"}:
-        assert not adapters.published(given["model"], scenario, arm, int(seed), asked | {name: "linear"})
+        assert not adapters.published(given["model"], scenario, arm, int(seed), asked | {name: "linear"}, prompts)
 
 
 @pytest.mark.parametrize(
@@ -114,8 +124,37 @@ def test_what_was_published_is_found_by_the_settings_that_it_had(place):
 )
 def test_it_is_taken_for_the_settings_that_it_was_trained_with(run, tmp_path, changes, taken):
     [place] = adapters.publish(run, tmp_path / "published")
-    found = adapters.published("a/b", "role_play", "dpo", 3, GIVEN | changes, tmp_path / "published")
+    found = adapters.published("a/b", "role_play", "dpo", 3, GIVEN | changes, PROMPTS, tmp_path / "published")
     assert found == (str(place) if taken else "")
-    assert not adapters.published("a/b", "role_play", "dpo", 4, GIVEN, tmp_path / "published")
+    assert not adapters.published("a/b", "role_play", "dpo", 4, GIVEN, PROMPTS, tmp_path / "published")
     (place / adapters.WEIGHTS).unlink()
-    assert not adapters.published("a/b", "role_play", "dpo", 3, GIVEN, tmp_path / "published")
+    assert not adapters.published("a/b", "role_play", "dpo", 3, GIVEN, PROMPTS, tmp_path / "published")
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [PROMPTS | {"parameters": {"seed": 1}}, PROMPTS | {"sources": {"role_play.yaml": "ef"}}, {}],
+    ids=["parameters", "sources", "unknown"],
+)
+def test_it_is_not_taken_where_other_prompts_are_drawn(run, tmp_path, prompts):
+    """Of which some may be tested on that it was trained on."""
+    adapters.publish(run, tmp_path / "published")
+    assert not adapters.published("a/b", "role_play", "dpo", 3, GIVEN, prompts, tmp_path / "published")
+
+
+def test_prompts_are_told_apart_by_what_they_are_drawn_from(tmp_path):
+    asked = {name: drawn(name) for name in SCENARIOS}
+    assert all(drawn(name, "laptop") == asked[name] for name in SCENARIOS)
+    more = {name: drawn(name, complex_test=150) for name in SCENARIOS}
+    assert [name for name in SCENARIOS if more[name] != asked[name]] == ["tool_use"]
+    assert all(drawn(name, seed=1) != asked[name] for name in SCENARIOS)
+    problems = tmp_path / "mine.jsonl"
+    for text in ("one", "other"):
+        problems.write_text(text)
+        asked[text] = drawn("tool_use", problem_source=str(problems))
+    assert asked["one"]["sources"]["mine.jsonl"] != asked["other"]["sources"]["mine.jsonl"]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_repositorys_prompts_are_of_the_sources_beside_them(scenario):
+    assert json.loads(resolve(f"data/{scenario}/.atp.json").read_text()) == drawn(scenario)

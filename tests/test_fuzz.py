@@ -177,7 +177,7 @@ def reads_a_manifest(content, folder):
     (run / "manifest.json").write_bytes(content)
     try:
         list(page._runs(folder))
-        adapters.published("m", "s", "dpo", 0, {}, folder)
+        adapters.published("m", "s", "dpo", 0, {}, {}, folder)
     except ValueError as error:
         assert "manifest.json" in str(error)
     (run / "manifest.json").rename(run / folders.MARKER)

@@ -112,7 +112,7 @@ def test_no_whole_model_is_published(trained, tmp_path):
     shutil.copytree(folder, tmp_path / "run/adapters/role_play/m" / f"{method}-0")
     assert adapters.publish(tmp_path / "run", tmp_path / "published") == []
     given = json.loads((folder / "manifest.json").read_text())["settings"]
-    assert adapters.published(base, "role_play", method, 0, given, tmp_path / "published") == ""
+    assert adapters.published(base, "role_play", method, 0, given, {}, tmp_path / "published") == ""
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "linear"])

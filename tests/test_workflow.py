@@ -12,9 +12,11 @@ import nbformat
 import pytest
 import yaml
 
-from atp_utils import ROOT
+from atp_utils import ROOT, runs
+from atp_utils.models.digests import sha256
 from atp_utils.profiles import read_profile
 from atp_utils.runs import adapters
+from atp_utils.scenarios.registry import SCENARIOS
 from atp_utils.support.code_digest import closure
 
 
@@ -97,6 +99,31 @@ def test_code_reruns_what_depends_on_it(finished):
     worker = finished / next(name for name in closure("atp_utils/scenarios/tool_use/__init__.py") if "worker" in name)
     worker.write_text(worker.read_text() + "\nADDED = 1\n")
     assert jobs(finished)["evolve"] >= 3
+
+
+@pytest.mark.parametrize("source", ["complex_problems.yaml", "simple_problems.yaml", "role_play.yaml"])
+def test_edited_sources_of_prompts_make_the_prompts_anew(finished, source):
+    snakemake(finished, "--touch", "--forceall")
+    path = finished / "data/environments" / source
+    path.write_text(path.read_text() + "# Another comment.\n")
+    assert jobs(finished)["data"] == 1
+    snakemake(finished, "--touch", "--forceall")
+
+
+def test_an_edited_file_of_problems_makes_the_prompts_anew(finished):
+    problems, profile = finished / "my own problems.jsonl", finished / "tests/profiles/smoke.yaml"
+    before = profile.read_text()
+    named = before.replace("01_generate_data: {", f"01_generate_data: {{problem_source: {json.dumps(problems.name)}, ")
+    try:
+        problems.write_text("1\n")
+        profile.write_text(named)
+        snakemake(finished, "--touch", "--forceall")
+        assert jobs(finished) == {}
+        problems.write_text("2\n")
+        assert jobs(finished)["data"] == 1
+    finally:
+        profile.write_text(before)
+        snakemake(finished, "--touch", "--forceall")
 
 
 def asked(root, *arguments):
@@ -240,11 +267,15 @@ def test_a_published_adapter_of_the_same_settings_is_taken_instead_of_a_training
     profile = tmp_path / "mine.yaml"
     profile.write_text(yaml.safe_dump(content))
     settings = read_profile(str(profile))
+    prompts = runs.prompts_marker(SCENARIOS["role_play"], settings.parameters(runs.DATA))
+    # The copy's environments may have been edited.
+    prompts["sources"] = {name: sha256(finished / "data/environments" / name) for name in prompts["sources"]}
     for arm, book in (("dpo", "02_align_dpo"), ("grpo", "03_align_grpo")):
         place = finished / adapters.folder("smollm2-135m", "role_play", arm, 0)
         place.mkdir(parents=True)
         given = settings.parameters(book, "role_play", "smollm2-135m").model_dump(mode="json")
-        (place / "manifest.json").write_text(json.dumps({"settings": given | {"out": "elsewhere", "seed": 0}}))
+        facts = {"settings": given | {"out": "elsewhere", "seed": 0}, "prompts": prompts}
+        (place / "manifest.json").write_text(json.dumps(facts))
         (place / adapters.WEIGHTS).touch()
 
     def books(*config):
@@ -265,6 +296,10 @@ def test_a_published_adapter_of_the_same_settings_is_taken_instead_of_a_training
         profile.write_text(yaml.safe_dump(content))
         # Of other settings it is another adapter.
         assert books()[1] == {"data/adapters/smollm2-135m/role_play/grpo/0", min(ours)}
+        # So it is of other prompts.
+        content["notebooks"][runs.DATA] = content["notebooks"].get(runs.DATA, {}) | {"seed": 7}
+        profile.write_text(yaml.safe_dump(content))
+        assert books()[1] == ours
     finally:
         shutil.rmtree(finished / "data/adapters")
 

@@ -79,12 +79,18 @@ def write_data(namespace: Mapping[str, Any]) -> dict[str, dict[str, list]]:
     for a wrong value in ``namespace`` and what `folders.claim` raises, before anything is written.
     """
     values = _values(DATA, namespace)
-    run, overwrite = Run(DATA, values, resolve(values.out)), values.overwrite
-    for name in SCENARIOS:
-        folders.check(run.out / name, run.marker, overwrite=overwrite)
-    made = {name: scenario.make_items(run.parameters) for name, scenario in SCENARIOS.items()}
+    out, overwrite = resolve(values.out), values.overwrite
+    markers = {name: prompts_marker(scenario, values) for name, scenario in SCENARIOS.items()}
+    for name, marker in markers.items():
+        folders.check(out / name, marker, overwrite=overwrite)
+    made = {name: scenario.make_items(values) for name, scenario in SCENARIOS.items()}
     for name, splits in made.items():
-        folders.claim(run.out / name, run.marker, overwrite=overwrite, append=True)
+        folders.claim(out / name, markers[name], overwrite=overwrite, append=True)
         for split, items in splits.items():
-            files.write_jsonl(SCENARIOS[name].path(split, run.out), items)
+            files.write_jsonl(SCENARIOS[name].path(split, out), items)
     return made
+
+
+def prompts_marker(scenario: Scenario, values: Any) -> dict[str, Any]:
+    """What a scenario's folder of prompts holds, given all parameters of notebook 1."""
+    return {"notebook": DATA, **scenario.origin(values)}

@@ -21,7 +21,7 @@ from atp_utils.support.manifest import MANIFEST, read_manifest
 PUBLISHED = Path("data/adapters")
 WEIGHTS, CONFIG, LOG, CARD = "adapter_model.safetensors", "adapter_config.json", "training_log.csv", "README.md"
 LARGEST = 2 << 20  # bytes of weights; what is larger belongs on a model hub
-# What doesn't tell one training from another, and what its place below `PUBLISHED` tells.
+# What doesn't tell one training from another, what its place below `PUBLISHED` tells, and where its prompts lay.
 ANY = PLACE | {"data", "model", "scenario", "seed"}
 
 
@@ -31,19 +31,27 @@ def folder(model: str, scenario: str, arm: str, seed: int, root: Path = PUBLISHE
 
 
 def published(
-    model: str, scenario: str, arm: str, seed: int, settings: Mapping[str, Any], root: Path = PUBLISHED
+    model: str,
+    scenario: str,
+    arm: str,
+    seed: int,
+    settings: Mapping[str, Any],
+    prompts: Mapping[str, Any],
+    root: Path = PUBLISHED,
 ) -> str:
     """The folder of the published adapter that was trained with ``settings``, a training's parameters; else "".
 
+    Its training ``prompts`` must be those asked for too (`runs.prompts_marker`): others may hold what is tested here.
     Parameters that are newer than the adapter count as having had their defaults.
     """
     place = folder(model, scenario, arm, seed, root)
     manifest = resolve(place) / MANIFEST
     if not manifest.is_file() or not (resolve(place) / WEIGHTS).is_file():
         return ""
-    before = read_manifest(resolve(place)).get("settings", {})
-    defaults = parameters.model_of(ALIGN[arm])().model_dump(mode="json")
-    return str(place) if _deciding(defaults | before) == _deciding(settings) else ""
+    facts = read_manifest(resolve(place))
+    before = parameters.model_of(ALIGN[arm])().model_dump(mode="json") | facts.get("settings", {})
+    same = _deciding(before) == _deciding(settings) and facts.get("prompts") == prompts
+    return str(place) if same else ""
 
 
 def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:

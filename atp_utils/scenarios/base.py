@@ -113,6 +113,17 @@ class Scenario:
     paper: ClassVar[str] = ""  # what of the paper an evolution makes
     pilot: ClassVar[Mapping[str, Any]] = {}  # parameters of the smallest evolution of every kind of request
 
+    def made_from(self, parameters: Any) -> list[str]:
+        """The files that items of these ``parameters`` of notebook 1 are made from."""
+        return list(self.sources)
+
+    def origin(self, parameters: Any) -> dict[str, Any]:
+        """What those items follow from: the scenario's own parameters, and its files by name with their SHA-256."""
+        own = parameters.model_dump(mode="json", include={"seed", *self.Data.model_fields})
+        sources = {path.name: path.read_bytes() for path in map(resolve, self.made_from(parameters))}
+        digests = {name: hashlib.sha256(held).hexdigest() for name, held in sources.items()}
+        return {"parameters": own, "sources": digests}
+
     def make_items(self, parameters: Any) -> dict[Split, list]:
         """The items of each of ``splits``, from the parameters of notebook 1."""
         raise NotImplementedError

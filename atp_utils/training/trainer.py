@@ -26,7 +26,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import DPOConfig, GRPOConfig
 from trl.import_utils import is_vllm_available
 
-from atp_utils import models, parameters, shown
+from atp_utils import models, parameters, resolve, shown
 from atp_utils.models import precisions, weights_memory
 from atp_utils.models.chat_template import turn_end
 from atp_utils.models.digests import sha256
@@ -132,6 +132,9 @@ def _trained(run: Run, rows: list[dict], settings: dict[str, Any]) -> pd.DataFra
     facts = {"settings": run.settings, "training": settings, "rows": len(rows), "steps": int(log["step"].iloc[-1])}
     hashes = {path.name: sha256(path) for path in sorted(out.glob("*.safetensors"))}
     weights = {"sha256": hashes[WEIGHTS] if given.lora_rank else hashes}
+    # Which training prompts these were: an adapter is no other profile's that draws others, and tests on some of these.
+    prompts = resolve(given.data) / given.scenario / folders.MARKER
+    facts |= {"prompts": files.read_json(prompts)} if prompts.is_file() else {}
     files.write_json(out / MANIFEST, facts | weights | origin)
     for used in (CHECKPOINTS, LAUNCHED):
         shutil.rmtree(out / used, ignore_errors=True)

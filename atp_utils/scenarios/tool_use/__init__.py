@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+from atp_utils import resolve
 from atp_utils.evolution.journal import Journal
 from atp_utils.evolution.loop import Episode
 from atp_utils.evolution.protocol import Protocol
@@ -19,9 +20,17 @@ class ToolUse(Scenario):
     """Algorithm 1 for agents that work on problems, each with a history of its own."""
 
     name, title, notebook = "tool_use", "Tool use", "05_evolve_tool_use"
+    sources = tuple(f"data/environments/{kind}_problems.yaml" for kind in ("simple", "complex"))
     Item, Data, Evolution = Item, Data, Evolution
     paper = "Table 2"
     pilot = {"seeds": [0], "agents_per_seed": 1, "rounds": 2, "simple_per_round": 1, "complex_per_round": 2}
+
+    def made_from(self, parameters: Any) -> list[str]:
+        if parameters.problem_source in ("generated", "hub"):
+            return super().made_from(parameters)
+        # One that isn't there is the notebook's to name.
+        problems = resolve(parameters.problem_source)
+        return [*super().made_from(parameters), *([str(problems)] if problems.is_file() else [])]
 
     def make_items(self, parameters: Any) -> dict[Split, list[Item]]:
         splits = {"train": [], "test": []}
@@ -67,7 +76,7 @@ class ToolUse(Scenario):
         with Sandbox() as box:
             tool = calls.RecordedTool(box.run, journal, "sandbox, 5 s")
             yield lambda item, opening, protocol, seed, count: alignment.sampling(
-                item, protocol, seed=seed, count=count, run_tool=tool
+                item, protocol, opening, seed=seed, count=count, run_tool=tool
             )
 
     def pairs(self, found: Sequence[dict], limit: int) -> tuple[list[dict], Mapping[str, int]]:
