@@ -1,23 +1,26 @@
 """``python -m atp_utils.rescore RUNS [--parser FILE]``: decisions once more, from raw replies alone.
 
-It needs no weights and no adapter: episodes are played again, and each chat is answered by the reply that was recorded
-to it, in published records too. Nothing may change then. FILE is a Python file with another ``parse_choice(text,
-options)``, which returns the option that a written reply chooses, or None. Where it reads a reply differently the later
-rounds of that agent would have had another history: their recorded replies are read all the same, and listed apart.
+It needs no weights, no adapter and no sandbox: episodes are played again, and each chat is answered by the reply that
+was recorded to it, in published records too. Nothing may change then. FILE is a Python file with another
+``parse_choice(text, options)``, which returns the option that a written reply chooses, or None. Where it reads a reply
+differently the later rounds of that agent would have had another history: their recorded replies are read all the same,
+and listed apart.
 """
 
 import argparse
+import hashlib
 import runpy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 
 from atp_utils import parameters, resolve, shown
 from atp_utils.evolution import decisions, journal, loop
+from atp_utils.evolution.journal import Facts
 from atp_utils.evolution.record import Record, address
 from atp_utils.evolution.requests import Reply, Request
 from atp_utils.parameters import EVOLVE
@@ -44,8 +47,9 @@ class Replay:
         self.by_key = {asked["key"]: self.record.replies[digest] for digest, asked in self.record.asked.items()}
 
     def result(self, kind: str, asked: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What a tool printed then, as `Journal.result`; raises KeyError for code that didn't run."""
-        return self.record.results[address(kind, asked)]
+        """What a tool printed then, as `Journal.result`; code that didn't run then is left to ``make``."""
+        found = self.record.results.get(address(kind, asked))
+        return make() if found is None else found
 
     def find(self, request: Request, identity: str) -> Reply:
         """The reply to this chat, else that of the same decision behind another history, else an unreadable one."""
@@ -59,20 +63,25 @@ class Replay:
         """Nothing is written."""
 
 
+def no_tool(code: str) -> NoReturn:
+    """Stands where the sandbox does: raises ValueError naming the code."""
+    raise ValueError(f"the record has no result of this code, and none is run: {code[:300]!r}")
+
+
 def rescore(run: Path, parser: Parser | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(decisions as they are read now, those of them that differ from the recorded ones) of a finished run.
 
     ``cause`` of a difference is "reading" where the chat is the recorded one, else "history". Raises ValueError where
-    the code's prompts aren't those that the record was asked with.
+    the code's prompts aren't those that the record was asked with, or a tool's result is lacking.
     """
     before, facts = journal.read_table(run), journal.facts_of(run)
     name, *others = before["scenario"].unique()
     if others or name not in SCENARIOS:
         raise ValueError(f"{shown(run)} is of no scenario that is known here ({name!r})")
-    given = parameters.check(EVOLVE[name], facts.settings | {"data": str(_data(run, name, facts.settings))})
+    given = parameters.check(EVOLVE[name], facts.settings | {"data": str(_data(run, name, facts))})
     replay = Replay(journal.record_of(run), facts.identity)
     scenario, ways = SCENARIOS[name], replace(given.protocol_of(), **({"parse": parser} if parser else {}))
-    with scenario.episodes(scenario.test_items(given), given, ways, replay) as (episodes, _):
+    with scenario.episodes(scenario.test_items(given), given, ways, replay, no_tool) as (episodes, _):
         rows = loop.run(episodes, replay, replay)
     if replay.strange and parser is None:
         raise ValueError(
@@ -92,12 +101,22 @@ def _changed(now: pd.DataFrame, before: pd.DataFrame, strange: set[str]) -> pd.D
     return changed.assign(cause=rests_on.map({True: "history", False: "reading"}))
 
 
-def _data(run: Path, scenario: str, settings: dict[str, Any]) -> Path:
-    """The folder of the prompts that a run was asked with: beside its evolutions, as it is published, or as it says."""
-    beside = (parent / "data" for parent in run.parents)
-    return next(
-        (data for data in beside if (data / scenario / "test.jsonl").is_file()), resolve(settings.get("data", "data"))
-    )
+def _data(run: Path, scenario: str, facts: Facts) -> Path:
+    """The folder of the prompts that a run was asked with: the one that has those of its manifest.
+
+    Older manifests don't tell of them: then it is the folder beside the run's evolutions, as it is published, the one
+    that its settings name, or one further up. Raises ValueError where no folder has the manifest's.
+    """
+    named, told = resolve(facts.settings.get("data", "data")), (facts.model_extra or {}).get("prompts")
+    beside = [parent.with_name("data") for parent in run.parents if parent.name == "evolution"]
+    folders = [*beside, named, *(parent / "data" for parent in run.parents)]
+    prompts = {data: path for data in folders if (path := SCENARIOS[scenario].path("test", data)).is_file()}
+    if told is None or "test" not in SCENARIOS[scenario].splits:
+        return next(iter(prompts), named)
+    for data, path in prompts.items():
+        if hashlib.sha256(path.read_bytes()).hexdigest() == told:
+            return data
+    raise ValueError(f"{shown(run)}: no folder has the prompts (SHA-256 {told}) that it was asked with")
 
 
 def main(arguments: list[str] | None = None) -> int:

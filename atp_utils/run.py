@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import papermill
 from filelock import FileLock, Timeout
@@ -78,6 +79,22 @@ def one_of(gpus: int) -> Iterator[str]:
         return
 
 
+def of_profile(name: str, notebook: str, given: dict[str, Any]) -> dict[str, Any]:
+    """``given`` over what the profile ``name`` says of a run with these values: of its scenario or condition and model.
+
+    Where they aren't given these are the notebook's own and the profile's one model; raises ValueError where it has
+    several.
+    """
+    profile, fields = profiles.read_profile(name), parameters.model_of(notebook).model_fields
+    if "model" in fields and "model" not in given:
+        if len(profile.models) > 1:
+            models = ", ".join(profile.models)
+            raise ValueError(f"the profile {name} has several models, name one by -p model: {models}")
+        given = {"model": next(iter(profile.models))} | given
+    part = next((given.get(key, fields[key].default) for key in ("scenario", "condition") if key in fields), None)
+    return profile.given(notebook, part, given.get("model")) | given
+
+
 def check_target(source: Path, target: Path) -> None:
     """Raise FileExistsError where ``target`` holds anything but what papermill once wrote there, whole or cut off."""
     if target.is_dir():
@@ -133,10 +150,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.out:
             print(parameters.table(name))
             return 0
-        given = values = {key: parameters.from_text(name, key, value) for key, value in options.values}
+        values = {key: parameters.from_text(name, key, value) for key, value in options.values}
         if options.profile:
-            profile = profiles.read_profile(options.profile)
-            values = profile.given(name, given.get("scenario") or given.get("condition"), given.get("model")) | given
+            values = of_profile(options.profile, name, values)
         with one_of(options.gpus) if options.gpus else contextlib.nullcontext():
             run(options.notebook, options.out, values)
     except (ValueError, FileNotFoundError, FileExistsError) as error:

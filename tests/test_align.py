@@ -73,6 +73,17 @@ def test_a_history_before_training_prompts_is_role_plays_alone(embedded, tmp_pat
         rows_of(run, pairs.training_items(run, "grpo")[:1])
 
 
+@pytest.mark.parametrize("name", ["collusion", "tool_use"])
+def test_written_pairs_behind_a_history_are_role_plays_alone(embedded, tmp_path, monkeypatch, name):
+    changes = {"scenario": name, "history_pairs": 1, "pairs": "written", "protocol": "reason"}
+    run = a_run("dpo", embedded, tmp_path / "out", **changes)
+    asked = []
+    monkeypatch.setattr(pairs, "open_engine", lambda *_, **__: ScriptedEngine(lambda request: asked.append(request)))
+    with pytest.raises(ValueError, match=f"{name} has no training prompts with a history: history_pairs must be 0"):
+        rows_of(run, pairs.training_items(run, "dpo")[:1])
+    assert not asked
+
+
 def test_elicited_pairs_leave_the_added_instruction_out(splits, tmp_path):
     items = splits[0][:2]
     protocol = Protocol("reason", max_attempts=2, sampling=Sampling(max_new_tokens=20))

@@ -85,19 +85,54 @@ def test_each_of_several_questions_gets_its_own_replies():
 def test_a_chat_too_long_in_one_of_its_orders_decides_nothing(lost):
     long = Reply("", 99, 0, "context", digest="lost")
     _, [choice] = ask([asked(False)], lambda r: long if r.options == lost else SCORES[r.options], Protocol())
-    assert (choice.option, choice.fault, choice.attempts, choice.replies) == (None, "context", 1, ("lost",))
+    assert (choice.option, choice.fault, choice.attempts, choice.decided) == (None, "context", 1, "lost")
+    assert choice.replies == (("lost", "ba") if lost == (A, B) else ("ab", "lost"))
     assert choice.probabilities is choice.by_place is choice.mass is None
     assert choice.prompt_tokens == 99 + (7 if lost == (A, B) else 5)
 
 
 def test_where_answers_are_drawn_the_historys_order_decides():
     """A server that can't score draws an answer in either order; one is the agent's, both were paid for."""
+    says = {
+        (A, B): Reply(A, 5, 2, "sampled:stop", digest="ab"),
+        (B, A): Reply(f"Hm. {B}", 7, 3, "sampled:stop", digest="ba"),
+    }
     for turned in (False, True):
-        says = {(A, B): Reply(A, 5, 2, "sampled:stop"), (B, A): Reply(f"Hm. {B}", 7, 3, "sampled:stop")}
-        _, [choice] = ask([asked(turned)], lambda r, says=says: says[r.options], Protocol())
+        _, [choice] = ask([asked(turned)], lambda r: says[r.options], Protocol())
         assert choice.option == "AB"[turned] and choice.options == (("B", "A") if turned else ("A", "B"))
         assert choice.probabilities is choice.by_place is choice.mass is choice.fault is None
         assert (choice.prompt_tokens, choice.completion_tokens) == (12, 5)
+        assert choice.replies == (("ba", "ab") if turned else ("ab", "ba")) and choice.decided == choice.replies[0]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_where_the_other_order_alone_is_drawn_the_historys_scores_decide(turned):
+    """A server may list the options' first tokens in one order and not in the other."""
+    own, other = ((B, A), (A, B))[:: 1 if turned else -1]
+    says = {own: SCORES[own], other: Reply(answer_json("AB"[not turned]), 9, 4, "sampled:stop", digest="drawn")}
+    _, choices = ask([asked(turned, ("k", n)) for n in range(1000)], lambda r: says[r.options], Protocol())
+    scored = SCORES[own]
+    for choice in choices:
+        assert choice.options == (("B", "A") if turned else ("A", "B")) and choice.said == answer_json(choice.option)
+        assert (choice.replies, choice.decided) == ((scored.digest, "drawn"), scored.digest)
+        # One order's probability would hold what the model owes to the place.
+        assert choice.probabilities is choice.by_place is choice.fault is None
+        assert choice.mass == pytest.approx(0.8 if turned else 0.9)
+        assert choice.prompt_tokens == 9 + scored.prompt_tokens
+        assert choice.completion_tokens == 4 + scored.completion_tokens
+    # A has 2/3 where it is first and 3/4 where it is second: standard deviations 15 and 14; five of these either way.
+    assert abs(sum(choice.option == "A" for choice in choices) - (750 if turned else 667)) < 75
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_where_the_historys_order_is_drawn_the_others_scores_are_dropped(turned):
+    own, other = ((B, A), (A, B))[:: 1 if turned else -1]
+    says = {own: Reply(f"Hm. {B}", 9, 4, "sampled:stop", digest="drawn"), other: SCORES[other]}
+    _, [choice] = ask([asked(turned)], lambda r: says[r.options], Protocol())
+    assert (choice.option, choice.said) == ("B", f"Hm. {B}")
+    assert choice.options == (("B", "A") if turned else ("A", "B"))
+    assert (choice.replies, choice.decided) == (("drawn", SCORES[other].digest), "drawn")
+    assert choice.probabilities is choice.by_place is choice.mass is choice.fault is None
 
 
 @pytest.mark.parametrize("turned", [False, True])

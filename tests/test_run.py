@@ -123,6 +123,52 @@ def test_runs_side_by_side_have_a_gpu_each_and_one_too_many_waits(monkeypatch):
         os.unlink(f"/tmp/atp-{os.getuid()}-gpu-{name}")
 
 
+# --- Profiles ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def values(monkeypatch):
+    """``values(book, profile, *words)``: what a call of the command line would run the notebook with."""
+    given = []
+    monkeypatch.setattr(run, "run", lambda _, out, values: given.append(values))
+
+    def of(book, profile, *words):
+        return run.main([f"notebooks/{book}.ipynb", "out.ipynb", "--profile", str(profile), *words]) or given.pop()
+
+    return of
+
+
+def test_a_profile_counts_for_the_notebooks_own_scenario_and_the_profiles_one_model(values):
+    """Values of profiles/quick.yaml and profiles/large.yaml."""
+    own = values("02_align_dpo", "quick")
+    assert (own["max_steps"], own["lora_rank"], own["model"]) == (40, 4, "smollm2-135m") and "scenario" not in own
+    games = values("02_align_dpo", "quick", "-p", "scenario", "collusion", "-p", "max_steps", "2")
+    assert (games["max_steps"], games["learning_rate"]) == (2, 2e-4)
+    assert values("04_evolve_role_play", "large")["model"] == "qwen2.5-coder-1.5b"
+    assert values("04_evolve_role_play", "large", "-p", "model", "smollm2-135m")["model"] == "smollm2-135m"
+    assert "model" not in values("01_generate_data", "large") and "model" not in values("08_figures", "large")
+
+
+def test_a_profile_counts_for_the_notebooks_own_condition(values, tmp_path):
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(
+        "{models: {a/b: {}}, arms: [base], scenarios: [role_play], conditions: {role_play: [standard, caught]},"
+        " notebooks: {04_evolve_role_play/standard: {rounds: 7}, 04_evolve_role_play/caught: {rounds: 3}}}"
+    )
+    assert values("04_evolve_role_play", profile) == {"rounds": 7, "model": "a/b"}
+    assert values("04_evolve_role_play", profile, "-p", "condition", "caught")["rounds"] == 3
+
+
+def test_of_several_models_one_must_be_named(values, capsys):
+    assert values("04_evolve_role_play", "paper") == 2
+    assert capsys.readouterr().err == (
+        "error: the profile paper has several models, name one by -p model: "
+        "Qwen/Qwen3-8B, meta-llama/Llama-3.1-8B-Instruct\n"
+    )
+    assert values("04_evolve_role_play", "paper", "-p", "model", "Qwen/Qwen3-8B")["temperature"] == 0.6
+    assert "model" not in values("01_generate_data", "paper")
+
+
 # --- Faults --------------------------------------------------------------------------------------------------
 
 WAITS = "import os, pathlib, time\npathlib.Path('{}').write_text(str(os.getpid()))\ntime.sleep(600)"

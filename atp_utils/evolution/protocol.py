@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from atp_utils.evolution.parsing import answer_json, parse_choice, split_thinking
 from atp_utils.evolution.requests import Message, Reply, Request, Sampling, derive_seed
@@ -82,8 +82,8 @@ class Choice:
     ``options`` are in the order in which the chat that goes on names them. ``by_place`` holds each option's probability
     where it is named first, and where it is named second; ``probabilities`` are the means of these two, and ``mass`` is
     the probability of all options together, on which they condition. ``said`` is the reply without its thinking,
-    ``turn`` what enters the agent's own chat (`Protocol.turn`); ``replies`` are the journal's keys of all replies it
-    rests on, ``decided`` that of the one that decides.
+    ``turn`` what enters the agent's own chat (`Protocol.turn`); ``replies`` are the journal's keys of all replies that
+    were paid for it, in either order, ``decided`` that of the one that decides.
     """
 
     option: str | None
@@ -188,17 +188,22 @@ def fault_of(reply: Reply) -> str:
 
 
 def _scored(question: Question, requests: Sequence[Request], replies: Sequence[Reply], protocol: Protocol) -> Choice:
-    """The choice of a forced question from its replies in either order, or in the one that was asked."""
+    """The choice of a forced question from its replies in either order, or in the one that was asked.
+
+    Servers that can't score give an answer that was drawn. Where a reply is of that kind the history's order decides,
+    by its text or its scores, and there are no probabilities: one order's would hold what is owed to the place.
+    """
+    scored = [reply for reply in replies if reply.logprobs is not None]
     lost = next((reply for reply in replies if reply.logprobs is None), None)
-    if lost is not None:
-        # Servers that can't score give an answer that was drawn, and a chat may be too long in one of its orders.
-        return replace(_written(question, lost, protocol, None), **_tokens(replies))
-    named = [normalise(reply.logprobs) for reply in replies]
+    # A chat that is too long in one of its orders decides nothing.
+    if lost is not None and (lost is replies[0] or fault_of(lost) == "context"):
+        return replace(_written(question, lost, protocol, None), **_paid(replies))
+    named = [normalise(reply.logprobs) for reply in scored]
     turned = named[-1][::-1] if len(named) > 1 else named[0]
     probabilities = tuple((one + other) / 2 for one, other in zip(named[0], turned, strict=True))
-    shared = [reply.shared if protocol.opened and reply.shared is not None else 0.0 for reply in replies]
+    shared = [reply.shared if protocol.opened and reply.shared is not None else 0.0 for reply in scored]
     masses = [
-        sum(math.exp(value - given) for value in reply.logprobs) for reply, given in zip(replies, shared, strict=True)
+        sum(math.exp(value - given) for value in reply.logprobs) for reply, given in zip(scored, shared, strict=True)
     ]
     option = question.options[draw(probabilities, requests[0].seed)]
     return Choice(
@@ -206,17 +211,17 @@ def _scored(question: Question, requests: Sequence[Request], replies: Sequence[R
         options=question.options,
         said=answer_json(option),
         turn=protocol.turn("", answer_json(option)),
-        probabilities=probabilities,
+        probabilities=probabilities if lost is None else None,
         by_place=((named[0][0], turned[0]), (turned[1], named[0][1])) if len(named) > 1 else None,
         mass=sum(masses) / len(masses),
-        **_tokens(replies),
-        replies=tuple(reply.digest for reply in replies),
+        **_paid(replies),
         decided=replies[0].digest,
     )
 
 
-def _tokens(replies: Sequence[Reply]) -> dict[str, int]:
-    return {name: sum(getattr(reply, name) for reply in replies) for name in ("prompt_tokens", "completion_tokens")}
+def _paid(replies: Sequence[Reply]) -> dict[str, Any]:
+    tokens = {name: sum(getattr(reply, name) for reply in replies) for name in ("prompt_tokens", "completion_tokens")}
+    return tokens | {"replies": tuple(reply.digest for reply in replies)}
 
 
 def _written(question: Question, reply: Reply, protocol: Protocol, before: Choice | None) -> Choice:

@@ -1,7 +1,8 @@
 """``python -m atp_utils.runs.publish RUN FOLDER``: copy a profile's complete runs to where results are recorded.
 
-The record is built beside the folder and takes its place when it is whole. Decisions, raw replies (compressed), test
-prompts, training logs and manifests are copied; no weights: small adapters go to a folder of their own.
+The record is built beside the folder and takes its place when it is whole. Decisions, raw replies (compressed),
+prompts as far as rescoring reads them, training logs and manifests are copied; no weights: small adapters go to a
+folder of their own.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from atp_utils import resolve, shown
-from atp_utils.evolution.journal import DECISIONS, PACKED, REPLIES, facts_of
+from atp_utils.evolution.journal import DECISIONS, PACKED, REPLIES, complete_runs, facts_of, read_table
 from atp_utils.evolution.record import pack
 from atp_utils.runs import adapters
 from atp_utils.runs.adapters import LOG
@@ -51,8 +52,17 @@ def _sources(run: Path) -> Iterator[tuple[Path, Path]]:
             yield manifest.with_name(name).relative_to(run), manifest.with_name(held)
     trained = folders.below(run / "adapters", MANIFEST)
     logs = (path for manifest in trained for path in (manifest, manifest.with_name(LOG)))
-    for path in (*logs, *folders.below(run / "data", "test.jsonl")):
+    tests, folded = list(folders.below(run / "data", "test.jsonl")), _held_out(run)
+    # Environments of all splits make the folds.
+    splits = (split for path in tests if path.parent.name in folded for split in path.parent.glob("*.jsonl"))
+    for path in (*logs, *tests, *splits):
         yield path.relative_to(run), path
+
+
+def _held_out(run: Path) -> set[str]:
+    """The scenarios of those runs that play held-out environments."""
+    played = [each for each in complete_runs(run / "evolution") if facts_of(each).settings.get("held_out")]
+    return {name for each in played for name in read_table(each)["scenario"].unique()}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from atp_utils.evolution.parsing import marked_thinking, parse_choice, split_thi
 from atp_utils.evolution.protocol import Protocol
 from atp_utils.evolution.requests import Request
 from atp_utils.problems.answers import is_correct
+from atp_utils.scenarios.preferences import Opening
 from atp_utils.scenarios.tool_use.calls import Call, RunTool, printed_answer, read_answer, read_call
 from atp_utils.scenarios.tool_use.episodes import opening
 from atp_utils.scenarios.tool_use.items import Item
@@ -51,7 +52,7 @@ def is_right(item: Item, call: Call, run_tool: RunTool) -> bool:
 
 
 def sampling(
-    item: Item, protocol: Protocol, *, seed: int, count: int, run_tool: RunTool
+    item: Item, protocol: Protocol, opening: Opening = opening, *, seed: int, count: int, run_tool: RunTool
 ) -> Generator[list[Request], list, dict]:
     """Episode that gets ``count`` of the model's own replies to a training problem, and a tool-assisted solution.
 
@@ -63,7 +64,7 @@ def sampling(
     """
     if protocol.name != "reason" or count < 1:
         raise ValueError(f"samples are freely written (reason), 1 or more; got {protocol.name!r} and {count}")
-    plain, name = opening(item, protocol), ("tool_use", item.id)
+    plain, name = opening(item, protocol, False), ("tool_use", item.id)
     replies = yield [protocol.ask((*name, "sample", f"seed{seed}", str(n)), plain) for n in range(count)]
     samples = [(_kept(reply.text, protocol), reply.finish_reason == "length") for reply in replies]
     own = solution(item.program) if item.program else None
