@@ -101,12 +101,15 @@ def test_code_reruns_what_depends_on_it(finished):
     assert jobs(finished)["evolve"] >= 3
 
 
-@pytest.mark.parametrize("source", ["complex_problems.yaml", "simple_problems.yaml", "role_play.yaml"])
-def test_edited_sources_of_prompts_make_the_prompts_anew(finished, source):
+def test_edited_sources_of_prompts_make_the_prompts_anew(finished):
     snakemake(finished, "--touch", "--forceall")
-    path = finished / "data/environments" / source
-    path.write_text(path.read_text() + "# Another comment.\n")
-    assert jobs(finished)["data"] == 1
+    names = {"complex_problems.yaml", "simple_problems.yaml", "role_play.yaml"}
+    for name in names:
+        path = finished / "data/environments" / name
+        path.write_text(path.read_text() + "# Another comment.\n")
+    said = snakemake(finished, "--dry-run", "--until", "data")
+    [edited] = re.findall(r"Reason: Updated input files: (.*)", said)
+    assert {os.path.basename(path) for path in edited.split(", ")} == names
     snakemake(finished, "--touch", "--forceall")
 
 
