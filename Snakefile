@@ -33,6 +33,7 @@ MODEL = str(config.get("model") or "")
 SETTINGS = read_profile(PROFILE).of_model(MODEL) if MODEL else read_profile(PROFILE)
 RUN = run_folder(PROFILE)
 MODELS = {as_folder(name): name for name in SETTINGS.models}
+PROMPTS = SETTINGS.parameters("01_generate_data")
 # `make reproduce SERVERS=...`: what answers all evolutions (docs/servers.md). It is no `params`, so that a finished run
 # isn't asked again for having been asked elsewhere.
 SERVERS = str(config.get("servers") or "")
@@ -70,7 +71,7 @@ def adapter_folder(scenario, model, policy):
     """The adapter of a policy: published, or trained here."""
     method, _, seed = policy.partition("-")
     settings = SETTINGS.parameters(ALIGN[method], scenario, MODELS[model]).model_dump(mode="json")
-    drawn = prompts_marker(SCENARIOS[scenario], SETTINGS.parameters("01_generate_data"))
+    drawn = prompts_marker(SCENARIOS[scenario], PROMPTS)
     ready = adapters.published(MODELS[model], scenario, method, int(seed), settings, drawn)
     return ready if ready and TRAINS != "train" else f"{RUN}/adapters/{scenario}/{model}/{policy}"
 
@@ -141,7 +142,7 @@ rule all:
 
 rule data:
     input:
-        [path for scenario in SCENARIOS.values() for path in scenario.made_from(SETTINGS.parameters("01_generate_data"))],
+        [path for scenario in SCENARIOS.values() for path in scenario.made_from(PROMPTS)],
     output:
         [f"{RUN}/data/{name}/{split}.jsonl" for name, scenario in SCENARIOS.items() for split in scenario.splits],
     params:

@@ -8,7 +8,6 @@ and listed apart.
 """
 
 import argparse
-import hashlib
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from atp_utils.evolution.record import Record, address
 from atp_utils.evolution.requests import Reply, Request
 from atp_utils.parameters import EVOLVE
 from atp_utils.scenarios.registry import SCENARIOS
+from atp_utils.support.files import sha256
 from atp_utils.support.text import inert
 
 WHICH = ["seed", "item", "agent", "round"]
@@ -114,7 +114,7 @@ def _data(run: Path, scenario: str, facts: Facts) -> Path:
     if told is None or "test" not in SCENARIOS[scenario].splits:
         return next(iter(prompts), named)
     for data, path in prompts.items():
-        if hashlib.sha256(path.read_bytes()).hexdigest() == told:
+        if sha256(path) == told:
             return data
     raise ValueError(f"{shown(run)}: no folder has the prompts (SHA-256 {told}) that it was asked with")
 

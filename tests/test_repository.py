@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from atp_utils import ROOT
-from atp_utils.models.digests import sha256
 from atp_utils.runs import adapters
+from atp_utils.support.files import sha256
 
 
 def test_conda_users_get_the_same_pins():

@@ -15,6 +15,7 @@ from atp_utils.engines.kv_cache import GrowingCache
 from atp_utils.engines.transformers_engine import TransformersEngine
 from atp_utils.models import digests
 from atp_utils.runs import adapters
+from atp_utils.support.files import sha256
 from atp_utils.training import trainer
 
 SETTINGS = {
@@ -48,7 +49,7 @@ def test_all_weights_are_trained_and_the_folder_holds_a_model(trained):
     assert method == "grpo" or moved == set(before)
     assert not (folder / "checkpoints").exists() and not (folder / "adapter_config.json").exists()
     facts = json.loads((folder / "manifest.json").read_text())
-    assert facts["sha256"] == {"model.safetensors": digests.sha256(folder / "model.safetensors")}
+    assert facts["sha256"] == {"model.safetensors": sha256(folder / "model.safetensors")}
     assert facts["settings"]["lora_rank"] == 0 and facts["settings"]["scheduler"] == "linear"
 
 

@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from atp_utils import ROOT, runs
-from atp_utils.models.digests import sha256
 from atp_utils.profiles import read_profile
 from atp_utils.runs import adapters
 from atp_utils.scenarios.registry import SCENARIOS
 from atp_utils.support.code_digest import closure
+from atp_utils.support.files import sha256
 
 
 def snakemake(root, *arguments, profile="tests/profiles/smoke.yaml", config=()):

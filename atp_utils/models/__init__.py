@@ -84,8 +84,8 @@ def load_weights(name: str, dtype: str | torch.dtype = "auto", device_map: str |
     source, dtype, config = locate(name), precisions.precision(dtype), read_config(name)
     if device_map == "auto" and weights_memory.fits_one_gpu(config, dtype):
         device_map = {"": torch.cuda.current_device()}
-    all_gpus = {"cpu": None, "auto": True}.get(str(device_map), False)
-    weights_memory.check(name, config, dtype, all_gpus)
+    else:
+        weights_memory.check(name, config, dtype, all_gpus={"cpu": None, "auto": True}.get(device_map, False))
     advice = "while the model was loaded: end what else uses the GPU, or take a smaller model"
     with _naming(name), weights_memory.advice(advice):
         model = AutoModelForCausalLM.from_pretrained(

@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from atp_utils.support import files
+from atp_utils.support.files import sha256
 
 # What a folder holds beside a model: papers about it, other libraries' weights, what a training leaves behind. A file
 # that is none of these counts: answering anew is dear, but old answers under a changed model are wrong.
@@ -35,18 +35,6 @@ def adapter_digest(folder: Path) -> str:
     names = [name for name in ADAPTER if (folder / name).is_file()]
     names = names or ["config.json", "generation_config.json", *(path.name for path in folder.glob("*.safetensors"))]
     return _joined((name, _content(folder / name)) for name in names if (folder / name).is_file())
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex; a process reads it again only when its size or its time of change is another."""
-    state = path.stat()
-    return _sha256(path, state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _sha256(path: Path, *_: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _joined(parts: Iterator[tuple[str, str]]) -> str:

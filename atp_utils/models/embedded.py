@@ -20,9 +20,9 @@ from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp_utils import resolve, shown
-from atp_utils.models.digests import sha256
 from atp_utils.models.weights_memory import GIB, machine_free
 from atp_utils.support import files
+from atp_utils.support.files import sha256
 from atp_utils.support.progress import bar
 
 REGISTRY, MODELS = Path("data/models.yaml"), Path("models")

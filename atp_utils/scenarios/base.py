@@ -120,9 +120,8 @@ class Scenario:
     def origin(self, parameters: Any) -> dict[str, Any]:
         """What those items follow from: the scenario's own parameters, and its files by name with their SHA-256."""
         own = parameters.model_dump(mode="json", include={"seed", *self.Data.model_fields})
-        sources = {path.name: path.read_bytes() for path in map(resolve, self.made_from(parameters))}
-        digests = {name: hashlib.sha256(held).hexdigest() for name, held in sources.items()}
-        return {"parameters": own, "sources": digests}
+        sources = map(resolve, self.made_from(parameters))
+        return {"parameters": own, "sources": {path.name: files.sha256(path) for path in sources}}
 
     def make_items(self, parameters: Any) -> dict[Split, list]:
         """The items of each of ``splits``, from the parameters of notebook 1."""
@@ -169,7 +168,7 @@ class Scenario:
         """SHA-256 (hexadecimal) of all test items that an evolution may play, of which ``items`` may take some."""
         path = self.path("test", parameters.data)
         if path.is_file():
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+            return files.sha256(path)
         rows = [item.model_dump_json() for item in self.test_items(parameters)]
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 

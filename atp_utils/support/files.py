@@ -1,12 +1,14 @@
 """Reading and writing small files: whole or not at all, and errors that name the file and the line."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import reprlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,6 +117,18 @@ def write_parquet(path: Path, frame: pd.DataFrame) -> None:
     with replacing(path) as temporary, pq.ParquetWriter(temporary, table.schema, **lean) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata(table.schema.metadata)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex; a process reads it again only when its size or its time of change is another."""
+    state = path.stat()
+    return _sha256(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sha256(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def as_folder(name: str) -> str:

@@ -29,12 +29,12 @@ from trl.import_utils import is_vllm_available
 from atp_utils import models, parameters, resolve, shown
 from atp_utils.models import precisions, weights_memory
 from atp_utils.models.chat_template import turn_end
-from atp_utils.models.digests import sha256
 from atp_utils.runs import PLACE, Run
 from atp_utils.runs.adapters import LOG, WEIGHTS
 from atp_utils.scenarios.registry import SCENARIOS, source
 from atp_utils.support import files, folders, progress
 from atp_utils.support.code_digest import PACKAGE, code_of
+from atp_utils.support.files import sha256
 from atp_utils.support.manifest import MANIFEST, made_by
 from atp_utils.training import collapse, launch
 from atp_utils.training.exact_trainers import ExactDPOTrainer, ExactGRPOTrainer
